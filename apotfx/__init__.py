@@ -1,0 +1,23 @@
+"""Low-bit quantization-aware training: a plain float network in, exact integers out."""
+
+from .calibrate import calibrate
+from .errors import ApotfxError
+from .integer import export_integer, load_integer, read_integer
+from .levels import LevelSet
+from .policy import BitPolicy, Rule
+from .rewrite import plan, quantize
+from .summary import summary
+
+__all__ = [
+    "ApotfxError",
+    "BitPolicy",
+    "LevelSet",
+    "Rule",
+    "calibrate",
+    "export_integer",
+    "load_integer",
+    "plan",
+    "quantize",
+    "read_integer",
+    "summary",
+]

@@ -1,0 +1,203 @@
+"""Quantized layers: torch's own layers with a quantizer for the weight and one for the input.
+
+A `QuantLayer` holds float weights that train; an `IntegerLayer` holds integer levels and only computes. Both
+bring an input to levels with `functional.encode` and compute the output with `functional.scaled_op`, which
+is why their results are equal in every bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .errors import ApotfxError
+from .levels import LevelSet
+from .quantizers import InputQuantizer, WeightQuantizer
+
+
+class Geometry(NamedTuple):
+    """What a layer computes, apart from quantization: the padding before its operator, and the operator."""
+
+    operator: F.Operator
+    pad: tuple[int, ...]  # as torch.nn.functional.pad takes it; () for none
+    pad_mode: str
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Geometry":
+        if isinstance(layer, nn.Linear):
+            return cls(F.MatrixProduct(), (), "constant")
+        # Padding that the operator cannot express itself (another mode than zeros, "same") goes before it.
+        before = layer.padding_mode != "zeros" or layer.padding == "same"
+        padding = (0,) * len(layer.stride) if before or layer.padding == "valid" else tuple(layer.padding)
+        operator = F.Convolution(tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+        pad = tuple(layer._reversed_padding_repeated_twice) if before else ()
+        return cls(operator, pad, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x with its padding and, for a convolution, with the batch dimension that it may lack."""
+        if isinstance(self.operator, F.Convolution) and x.dim() == len(self.operator.stride) + 1:
+            x = x.unsqueeze(0)
+        return nn.functional.pad(x, self.pad, mode=self.pad_mode) if self.pad else x
+
+    def finish(self, y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """y plus bias, with as many dimensions as the layer's input x has."""
+        if bias is not None:
+            y = y + bias.reshape(self.operator.channel_shape)
+        return y.squeeze(0) if y.dim() > x.dim() else y
+
+
+class QuantLayer(nn.Module):
+    """What the quantized layers share. Mixed into a torch layer type, whose parameters and names it keeps.
+
+    Attributes:
+        weight_quantizer: or None for a float weight.
+        input_quantizer: or None for a float input.
+        clip_grad_factor: multiplies the gradients of both clips.
+    """
+
+    float_type: type[nn.Module]
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        weight_quantizer: WeightQuantizer | None,
+        input_quantizer: InputQuantizer | None,
+        clip_grad_factor: float = 1.0,
+    ) -> "QuantLayer":
+        """A quantized layer around the parameters, hooks and mode of `layer`, which itself stays as it is.
+
+        Raises:
+            ApotfxError: `layer` is not exactly of `cls.float_type`; what a subclass computes is unknown.
+        """
+        if type(layer) is not cls.float_type:
+            raise ApotfxError(f"{cls.__name__} replaces {cls.float_type.__name__}, got {type(layer).__name__}")
+        quant = cls.__new__(cls)
+        quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
+        quant.weight_quantizer = weight_quantizer
+        quant.input_quantizer = input_quantizer
+        quant.clip_grad_factor = clip_grad_factor
+        quant.geometry = Geometry.of(layer)
+        for quantizer in quant.children():
+            quantizer.to(layer.weight.device).train(layer.training)
+        return quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        prepared = self.geometry.prepare(x)
+        weight, rescale = self.normalized_weight()
+        if self.training:
+            self._fit_first_batch(prepared, weight)
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        y = F.quantized_op(
+            prepared,
+            weight,
+            inputs.clip if inputs else None,
+            weights.clip if weights else None,
+            levels_x=inputs.encoding if inputs else None,
+            levels_w=weights.encoding if weights else None,
+            operator=self.geometry.operator,
+            dtype=self._operand_dtype(prepared),
+            rescale=rescale,
+            clip_grad_factor=self.clip_grad_factor,
+            everywhere=weights is not None and weights.levels.bits == 2,
+        )
+        return self.geometry.finish(y, self.bias, x)
+
+    def normalized_weight(self) -> tuple[Tensor, Tensor]:
+        """(the weight in the unit of its clip, the factor that brings it back)."""
+        if self.weight_quantizer is None:
+            return self.weight, self.weight.new_ones(())
+        return self.weight_quantizer.normalize(self.weight)
+
+    @torch.no_grad()
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product."""
+        weight, rescale = self.normalized_weight()
+        return self.weight_quantizer.encode(weight), self.weight_quantizer.scale * rescale
+
+    def _fit_first_batch(self, x: Tensor, weight: Tensor) -> None:
+        if self.input_quantizer is not None and self.input_quantizer.needs_clip:
+            self.input_quantizer.fit_first_batch(x)
+        if self.weight_quantizer is not None and self.weight_quantizer.needs_clip:
+            self.weight_quantizer.fit_first_batch(weight)
+
+    def _operand_dtype(self, x: Tensor) -> torch.dtype:
+        """In training whatever is fast; in evaluation what makes the accumulators exact."""
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        exact = inputs is not None and weights is not None
+        if exact and not self.training:
+            return F.exact_dtype(self.weight.shape, weights.levels.max, inputs.levels.max, x.device)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            levels = [q.levels.max for q in (inputs, weights) if q is not None]
+            # float16 is left out: integer accumulators overflow it.
+            if dtype == torch.bfloat16 and max(levels, default=0) <= F.BFLOAT16_EXACT:
+                return dtype
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    float_type = nn.Conv1d
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    float_type = nn.Conv2d
+
+
+class QuantConv3d(QuantLayer, nn.Conv3d):
+    float_type = nn.Conv3d
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    float_type = nn.Linear
+
+
+QUANT_LAYERS = {cls.float_type: cls for cls in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)}
+
+
+class IntegerLayer(nn.Module):
+    """A layer whose weight is integer levels; what `load_integer` puts in a float layer's place.
+
+    Buffers: `weight` (smallest integer type, [C_out, ...]; float where its levels are None), `weight_scale` ([] or
+    [C_out, 1, ...]), `input_clip` ([]; None for a float input), `bias` ([C_out]; None without).
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        weight_levels: LevelSet | None,
+        weight_scale: Tensor,
+        input_levels: LevelSet | None,
+        input_clip: Tensor | None,
+        bias: Tensor | None,
+    ):
+        super().__init__()
+        self.geometry = geometry
+        self.weight_levels, self.input_levels = weight_levels, input_levels
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_clip", input_clip)
+        self.register_buffer("bias", bias)
+        table = None if input_levels is None else torch.tensor(input_levels.encoding_table, dtype=torch.int16)
+        self.register_buffer("table", table, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        prepared = self.geometry.prepare(x)
+        if self.input_levels is None:
+            n_x, scale_x, dtype = prepared, prepared.new_ones(()), prepared.dtype
+        else:
+            levels = F.Levels(self.table, self.input_levels.max, self.input_levels.signed)
+            n_x = F.encode(prepared, self.input_clip, levels)
+            scale_x = self.input_clip / levels.max
+            dtype = n_x.dtype
+            if self.weight_levels is not None:
+                dtype = F.exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, x.device)
+        scale = F.output_scale(scale_x, self.weight_scale, self.geometry.operator)
+        y = F.scaled_op(n_x, self.weight, scale, self.geometry.operator, dtype)
+        return self.geometry.finish(y, self.bias, x)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
