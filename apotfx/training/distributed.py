@@ -1,0 +1,111 @@
+"""Training on several processes, as torchrun starts them."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor, nn
+
+from apotfx.errors import ApotfxError
+
+
+class Processes:
+    """The processes of a run: one, unless torchrun started more.
+
+    Attributes:
+        rank: index of this one; only rank 0 writes.
+        world_size: how many there are.
+        local_rank: index on this machine, and of this one's GPU.
+    """
+
+    def __init__(self, device_type: str):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float, device: torch.device) -> float:
+        """The sum of every process's value."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm, which only runs on accelerators, on the CPU as well: statistics of the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        total = x.numel() // x.shape[1] * dist.get_world_size()  # every process has an equal share of the batch
+        mean = dist_functional.all_reduce(x.sum(dims)) / total
+        x = x - mean.view(shape)
+        var = dist_functional.all_reduce(x.square().sum(dims)) / total
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean, rate)
+                self.running_var.lerp_(var * (total / (total - 1)), rate)
+        x = x * (var + self.eps).rsqrt().view(shape)
+        return x if not self.affine else x * self.weight.view(shape) + self.bias.view(shape)
+
+
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
+    """Make every batch norm of `model` use the statistics of all processes' batches, in place."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+def pick_device(name: str | None, gpu: int | None) -> torch.device:
+    """The device that `--device` or `--gpu` names; without either, a GPU where there is one.
+
+    Raises:
+        ApotfxError: no such device on this machine, or both flags.
+    """
+    if name is not None and gpu is not None:
+        raise ApotfxError(f"--gpu {gpu} and --device {name}: give one of them")
+    name = name if gpu is None else f"cuda:{gpu}"
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ApotfxError(f"--device {name}: unknown; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ApotfxError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ApotfxError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device

@@ -1,0 +1,372 @@
+"""The training loop: epochs over batches, validation, checkpoints, and a clean stop."""
+
+import math
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from apotfx.errors import ApotfxError
+from apotfx.training.augment import Augment
+from apotfx.training.checkpoint import save_checkpoint
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import Dataset, Split, TrainBatches, eval_batches
+from apotfx.training.distributed import Processes, synchronize_batch_norms
+from apotfx.training.monitor import Monitor, profiler
+
+EVAL_BATCH_SIZE = 1000
+MONITORED_IMAGES = 256
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; the checkpoint in `run_dir` was written."""
+
+    def __init__(self, step: int, run_dir: Path):
+        super().__init__(f"step {step}")
+        self.run_dir = run_dir
+
+
+def lr_factor(schedule: str, progress: float) -> float:
+    """The learning rate as a share of its peak, at `progress` (0 to 1) of the run; see `TrainConfig.schedule`."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    rise = 0.3 if schedule == "onecycle" else 0.05
+    if progress < rise:
+        return 0.04 + 0.96 * progress / rise
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - rise) / (1 - rise))
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Weights with decay; biases and batch norms, and clips at their own rate, without (unless `decay_all`)."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "clips": []}
+    for name, parameter in model.named_parameters():
+        if name.endswith("_quantizer.clip"):
+            groups["clips"].append(parameter)
+        else:
+            groups["weights" if parameter.dim() > 1 else "scales"].append(parameter)
+    decays = {"weights": config.weight_decay}
+    default = config.weight_decay if config.decay_all else 0.0
+    return [
+        {"params": p, "weight_decay": decays.get(kind, default), "lr_factor": config.clip_lr if kind == "clips" else 1.0}
+        for kind, p in groups.items()
+        if p
+    ]
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of parameters and batch-norm statistics.
+
+    The decay starts low and rises to `decay`, so that a short run is not dominated by its initial weights.
+    """
+
+    @torch.no_grad()
+    def average(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(averages, values)
+            return
+        n = int(count)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, dataset: Dataset, image_size: int, device: torch.device, processes: Processes
+) -> float:
+    """Accuracy of `model` in evaluation mode on `split`, in percent."""
+    was_training = model.training
+    model.eval()
+    correct = 0
+    for images, labels in eval_batches(
+        split, batch_size=EVAL_BATCH_SIZE, mean=dataset.mean, std=dataset.std, image_size=image_size, device=device,
+        rank=processes.rank, world_size=processes.world_size,
+    ):  # fmt: skip
+        correct += (model(images).argmax(1) == labels).sum()
+    model.train(was_training)
+    return 100 * processes.sum(float(correct), device) / len(split)
+
+
+class Trainer:
+    """Trains `model` in place; everything that a resumed run needs is in `state_dict`.
+
+    Args:
+        config: the run's configuration.
+        model: the network, on `device`.
+        dataset: training images are learned from, validation images choose the best epoch.
+        image_size: height and width of the network's input.
+        teacher: float network to distil from, on `device`; or None.
+        device: where to train.
+        processes: this process and the others.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        dataset: Dataset,
+        image_size: int,
+        teacher: nn.Module | None,
+        device: torch.device,
+        processes: Processes,
+    ):
+        self.config, self.dataset, self.image_size = config, dataset, image_size
+        self.device, self.processes, self.teacher = device, processes, teacher
+        self.model = synchronize_batch_norms(model) if processes.world_size > 1 else model
+        augment = {"none": Augment.none, "flip": Augment.published}.get(config.augment)
+        self.batches = TrainBatches(
+            dataset.train, batch_size=config.batch_size, seed=config.seed,
+            augment=augment() if augment else Augment.default_for(dataset.name), mean=dataset.mean, std=dataset.std,
+            image_size=image_size, device=device, rank=processes.rank, world_size=processes.world_size,
+        )  # fmt: skip
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, config), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
+        self.average = moving_average(self.model, config.ema) if config.ema else None
+        self.network = self.model
+        if processes.world_size > 1:
+            self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None)
+        if config.compile:
+            self.network = torch.compile(self.network)
+        self.step = 0
+        self.seconds = 0.0
+        self.best = {"val_acc": -1.0, "epoch": 0}
+        self.running = {"loss": 0.0, "correct": 0, "images": 0}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that validation, the test and the export use: the moving average where there is one."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * len(self.batches)
+
+    def fit(self, run_dir: Path, monitor: Monitor, *, print_freq: int, profile: bool = False) -> None:
+        """Train to the end; leaves `checkpoint.pt` (last) and `best.pt` in `run_dir`.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM; `checkpoint.pt` holds the step that was reached.
+            ApotfxError: the loss or the gradient became NaN or infinite; the last checkpoint stays.
+        """
+        steps = len(self.batches)
+        tracing = profiler(run_dir) if profile and self.processes.is_main else nullcontext()
+        with _stop_requests() as stop_requested, tracing as trace:
+            while self.step < self.total_steps:
+                epoch, start = divmod(self.step, steps)
+                began = time.perf_counter()
+                progress = _progress(epoch, self.config.epochs, start, steps, print_freq, self.processes.is_main)
+                self.network.train()
+                for images, labels in self.batches.epoch(epoch, start):
+                    self._train_step(images, labels)
+                    if trace is not None:
+                        trace.step()
+                    progress(self.step - epoch * steps, self._running_metrics())
+                    if self._agree(stop_requested()):
+                        self.seconds += time.perf_counter() - began
+                        self.save(run_dir)
+                        raise Interrupted(self.step, run_dir)
+                self._end_epoch(epoch, run_dir, monitor, began)
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        factor = lr_factor(self.config.schedule, self.step / self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor * group["lr_factor"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            logits = self.network(images).float()
+            loss = self._loss(logits, images, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not math.isfinite(loss.item() + norm.item()):
+            self._report_divergence(loss.item(), images)
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.running["loss"] += loss.item() * len(labels)
+        self.running["correct"] += (logits.argmax(1) == labels).sum().item()
+        self.running["images"] += len(labels)
+
+    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        if self.teacher is None:
+            return loss
+        # Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
+        t = self.config.temperature
+        with torch.no_grad():
+            target = F.log_softmax(self.teacher(images).float() / t, 1)
+        distillation = F.kl_div(F.log_softmax(logits / t, 1), target, reduction="batchmean", log_target=True) * t * t
+        return torch.lerp(loss, distillation, self.config.teacher_weight)
+
+    def _report_divergence(self, loss: float, images: Tensor) -> None:
+        where = first_non_finite(self.model, images)
+        raise ApotfxError(
+            f"training diverged at step {self.step} (loss {loss}): the first value that is not finite is {where}; "
+            f"the last good checkpoint was kept; lower --lr (now {self.config.lr}) or change --seed"
+        )
+
+    def _end_epoch(self, epoch: int, run_dir: Path, monitor: Monitor, began: float) -> None:
+        train = self._running_metrics()
+        self.running = dict.fromkeys(self.running, 0)
+        val_acc = evaluate(self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
+            self.best = {"val_acc": val_acc, "epoch": epoch + 1}
+            if self.processes.is_main:
+                save_checkpoint(run_dir / "best.pt", self._identity() | {"model": self.evaluated.state_dict()} | self.best)
+        self.save(run_dir)
+        if self.processes.is_main:
+            lr = self.optimizer.param_groups[0]["lr"]
+            tqdm.write(
+                f"epoch {epoch + 1:>{len(str(self.config.epochs))}}/{self.config.epochs}  loss {train['loss']:.4f}  "
+                f"train {train['accuracy']:.2f}%  val {val_acc:.2f}%  lr {lr:.4f}  {seconds:.1f} s",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+            monitor.scalars(
+                self.step,
+                {
+                    "train/loss": train["loss"], "train/accuracy": train["accuracy"], "train/lr": lr,
+                    "val/accuracy": val_acc, "time/seconds_per_epoch": seconds,
+                },
+            )  # fmt: skip
+            monitor.layers(self.evaluated, self._monitored_images(), self.step)
+
+    def _monitored_images(self) -> Tensor:
+        some = Split(self.dataset.val.images[:MONITORED_IMAGES], self.dataset.val.labels[:MONITORED_IMAGES])
+        batches = eval_batches(
+            some, batch_size=MONITORED_IMAGES, mean=self.dataset.mean, std=self.dataset.std, image_size=self.image_size,
+            device=self.device,
+        )  # fmt: skip
+        return next(batches)[0]
+
+    def _running_metrics(self) -> dict[str, float]:
+        images = max(self.running["images"], 1)
+        return {"loss": self.running["loss"] / images, "accuracy": 100 * self.running["correct"] / images}
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process was asked to stop: all must leave at the same step."""
+        return self.processes.sum(float(stop), self.device) > 0
+
+    def _identity(self) -> dict:
+        dataset = {"name": self.dataset.name, "num_classes": self.dataset.num_classes}
+        return {"config": asdict(self.config), "policy": self.config.bit_policy().to_dict(), "dataset": dataset}
+
+    def save(self, run_dir: Path) -> None:
+        """Write `checkpoint.pt`, on the main process."""
+        if self.processes.is_main:
+            save_checkpoint(run_dir / "checkpoint.pt", self._identity() | self.state_dict())
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.module.state_dict() if self.average else None,
+            "ema_count": int(self.average.n_averaged) if self.average else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "running": self.running,
+            "random": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "python": list(random.getstate()[1]),
+            },
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.module.load_state_dict(state["ema"])
+            self.average.n_averaged.fill_(state["ema_count"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.best, self.running = (state[key] for key in ("step", "seconds", "best", "running"))
+        torch.set_rng_state(state["random"]["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        random.setstate((3, tuple(state["random"]["python"]), None))
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, images: Tensor) -> str:
+    """What is first NaN or infinite in a forward pass of `model`: a parameter, a layer's output, or a gradient."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {name}"
+    found = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, name=name: None if found or _is_finite(output) else found.append(f"the output of {name}")
+        )
+        for name, module in model.named_modules()
+        if name and not list(module.children()) or hasattr(module, "weight_quantizer")
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, parameter in reversed(list(model.named_parameters())):
+        if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
+            found.append(f"the gradient of {name}")
+    return found[0] if found else "the loss"
+
+
+def _is_finite(output: object) -> bool:
+    return not isinstance(output, Tensor) or bool(output.isfinite().all())
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """While active, SIGINT and SIGTERM only set a flag; yields the function that reads it. A second one acts at once."""
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress(
+    epoch: int, epochs: int, start: int, steps: int, print_freq: int, enabled: bool
+) -> Callable[[int, dict[str, float]], None]:
+    """A function to call after each step: a bar on a terminal, a line every `print_freq` steps elsewhere."""
+    if not enabled:
+        return lambda step, metrics: None
+    if sys.stdout.isatty():
+        bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", leave=False, file=sys.stdout)
+
+        def advance(step: int, metrics: dict[str, float]) -> None:
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}%", refresh=False)
+            bar.update()
+            if step == steps:
+                bar.close()
+
+        return advance
+
+    def line(step: int, metrics: dict[str, float]) -> None:
+        if step % print_freq == 0 and step < steps:
+            print(f"epoch {epoch + 1} step {step}/{steps}  loss {metrics['loss']:.4f}  train {metrics['accuracy']:.2f}%", flush=True)
+
+    return line

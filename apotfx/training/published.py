@@ -1,0 +1,33 @@
+"""The checkpoints that the authors of the published MNIST experiments released, read as our own state."""
+
+import torch
+from torch import Tensor
+
+PREFIX = "module."
+CLIPS = {"act_alpha": "input_quantizer.clip", "weight_alpha": "weight_quantizer.clip"}
+
+
+def is_published(state: dict[str, Tensor]) -> bool:
+    return all(key.startswith(PREFIX) for key in state) and any(key.endswith(".act_alpha") for key in state)
+
+
+def convert_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published keys and values as those of a model quantized with `BitPolicy.published`.
+
+    A learned alpha may be negative there; dividing and multiplying by it, the published code computes the same as
+    with its magnitude. The 8-bit layers, first and last, have no alpha: their weights are divided by `max(w)`,
+    which overflows 8 bits where `max(|w|)` is larger, so the latter is their clip here.
+    """
+    converted = {}
+    for key, value in state.items():
+        layer, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+        if leaf in CLIPS:
+            quantizer, _, _ = CLIPS[leaf].partition(".")
+            converted[f"{layer}.{CLIPS[leaf]}"] = value.abs()
+            converted[f"{layer}.{quantizer}.calibrated"] = torch.tensor(True)
+        else:
+            converted[f"{layer}.{leaf}"] = value
+    for layer in ("conv1", "fc"):
+        converted[f"{layer}.weight_quantizer.clip"] = converted[f"{layer}.weight"].abs().max()
+        converted[f"{layer}.weight_quantizer.calibrated"] = torch.tensor(True)
+    return converted

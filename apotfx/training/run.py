@@ -1,0 +1,146 @@
+"""A run's directory: what is written there besides checkpoints and events, and the results at its end."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from tabulate import tabulate
+from torch import fx, nn
+
+from apotfx.errors import ApotfxError
+from apotfx.files import write_atomic
+from apotfx.integer import export_integer, load_integer
+from apotfx.training.build import Network, is_quantized
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import Dataset, eval_batches
+from apotfx.training.distributed import Processes
+from apotfx.training.loop import EVAL_BATCH_SIZE, evaluate
+
+RUNS = Path("runs")
+
+
+def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
+    """A new directory `runs/<name>`; without a name one is made up from the configuration and numbered.
+
+    Raises:
+        ApotfxError: the name exists.
+    """
+    if name is not None:
+        path = RUNS / name
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise ApotfxError(f"--name {name}: {path} exists; choose another name, or continue it with --resume {path}") from None
+        return path
+    kind = "float" if config.bit == 32 else f"{config.scheme}{config.bit}"
+    base = f"{config.arch.replace('/', '-')}-{kind}-{dataset}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 10**6))):
+        try:
+            (RUNS / (base + suffix)).mkdir(parents=True)
+            return RUNS / (base + suffix)
+        except FileExistsError:
+            continue
+    raise ApotfxError(f"{RUNS}: too many runs named {base}; pass --name")
+
+
+def write_config(run_dir: Path, config: TrainConfig, dataset: str, device: torch.device, processes: Processes) -> None:
+    """`config.yaml`: everything needed to repeat the run."""
+    content = {
+        "command": " ".join(sys.argv),
+        "arguments": asdict(config) | {"policy": None},
+        "dataset": dataset,
+        "policy": config.bit_policy().to_dict(),
+        "device": str(device),
+        "processes": processes.world_size,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("apotfx", "torch", "torchvision")},
+        "git_commit": _git_commit(),
+    }
+    write_atomic(run_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file lies in, with `+changes` where it has any; None outside of one."""
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def report(
+    network: Network,
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    processes: Processes,
+    run_dir: Path | None,
+    facts: dict,
+) -> dict:
+    """Measure `network.qmodel` on all splits, export it to `run_dir`, check the export, and write `result.json`.
+
+    Args:
+        run_dir: None to write nothing and leave the export out.
+        facts: further entries of the result.
+
+    Returns:
+        The result: names, settings, and accuracies in percent. `train_acc` is over all training images, those held out
+        for validation included, without augmentation: the published table's protocol.
+    """
+    model = network.qmodel
+    splits = {"test_acc": dataset.test, "train_acc": dataset.all_train, "val_acc": dataset.val}
+    accuracies = {
+        key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4) for key, split in splits.items()
+    }
+    result = {
+        "dataset": dataset.name, "arch": config.arch, "bit": config.bit, "scheme": config.scheme, "recipe": config.recipe,
+        "epochs": config.epochs, **accuracies, "integer_test_acc": None, "seed": config.seed, **facts,
+    }  # fmt: skip
+    if run_dir is not None and processes.is_main:
+        if is_quantized(model):
+            export_integer(model, run_dir / "integer")
+            result["integer_test_acc"] = round(
+                verify_export(run_dir / "integer", model, network.float_model, dataset, network.image_size, device), 4
+            )
+        write_atomic(run_dir / "result.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+@torch.no_grad()
+def verify_export(
+    path: Path, qmodel: fx.GraphModule, float_model: nn.Module, dataset: Dataset, image_size: int, device: torch.device
+) -> float:
+    """Accuracy in percent of the export at `path`, read back from disk, on the test images.
+
+    Raises:
+        RuntimeError: a logit differs from the quantized model's in any bit.
+    """
+    imodel = load_integer(path, float_model).to(device)
+    qmodel.eval()
+    correct = 0
+    for images, labels in eval_batches(
+        dataset.test, batch_size=EVAL_BATCH_SIZE, mean=dataset.mean, std=dataset.std, image_size=image_size, device=device
+    ):
+        logits, expected = imodel(images), qmodel(images)
+        if not torch.equal(logits, expected):
+            difference = (logits - expected).abs().max().item()
+            raise RuntimeError(f"{path}: the reloaded network's logits differ from the quantized model's by up to {difference:g}")
+        correct += (logits.argmax(1) == labels).sum().item()
+    return 100 * correct / len(dataset.test)
+
+
+def result_table(result: dict, run_dir: Path | None) -> str:
+    """The result as text for people."""
+    rows = [(key.replace("_", " "), value) for key, value in result.items() if value is not None]
+    if result["integer_test_acc"] is not None:
+        rows.append(("integer model", "logits equal the quantized model's on every test image"))
+    if run_dir is not None:
+        rows.append(("written to", str(run_dir)))
+    return tabulate(rows, tablefmt="simple", disable_numparse=True)
