@@ -6,10 +6,11 @@
 
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from apotfx.errors import ApotfxError
+from apotfx.models import require_known
 from apotfx.policy import BitPolicy
 from apotfx.rewrite import plan
 from apotfx.training.build import build_float, build_network, build_teacher, restore_network, with_published_policy
@@ -123,10 +124,14 @@ def main(args: argparse.Namespace) -> None:
             given.setdefault("recipe", "published")
         config = with_published_policy(make_config(given), pretrained)
 
+    require_known(config.arch)
     device = pick_device(getattr(args, "device", None), getattr(args, "gpu", None))
     processes = Processes(device.type)
     try:
         dataset = load_dataset(config.dataset, getattr(args, "data", None), image_size=config.image_size, workers=args.workers)
+        if resume is not None and evaluated is None and dataset.name != config.dataset:
+            raise ApotfxError(f"--resume {args.resume}: the run was made on {config.dataset}, got {dataset.name}")
+        config = replace(config, dataset=dataset.name)
         if "dry_run" in args:
             print(plan(build_float(config, dataset)[0], config.bit_policy()))
         elif evaluated is not None:

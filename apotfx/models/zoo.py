@@ -18,6 +18,12 @@ def list_models() -> list[str]:
     return [*RESNETS, *(PREFIX + name for name in _torchvision_names())]
 
 
+def require_known(arch: str) -> None:
+    """Raises ApotfxError, with the nearest names, if `build_model` does not know `arch`."""
+    if arch not in list_models():
+        raise ApotfxError(_unknown(arch))
+
+
 def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: int) -> tuple[nn.Module, int]:
     """Build a float network, randomly initialized from torch's global generator.
 
@@ -38,10 +44,8 @@ def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: in
     """
     if arch in RESNETS:
         return build_resnet(arch, in_channels=in_channels, num_classes=num_classes), image_size
-    name = arch.removeprefix(PREFIX)
-    if arch == name or name not in _torchvision_names():
-        raise ApotfxError(_unknown(arch))
-    return _fitted_torchvision_model(name, in_channels, num_classes, image_size)
+    require_known(arch)
+    return _fitted_torchvision_model(arch.removeprefix(PREFIX), in_channels, num_classes, image_size)
 
 
 def _torchvision_names() -> list[str]:

@@ -66,16 +66,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise ApotfxError(f"checkpoint {path}: no such file; check the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+    except OSError as error:
+        raise ApotfxError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ApotfxError(
             f"checkpoint {path}: holds pickled code or is damaged, and was not run; expected a file of tensors, "
             "numbers and strings that this tool or the published script wrote"
         ) from None
-    except OSError as error:
-        raise ApotfxError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # torch raises whatever its zip and storage readers meet
-        raise ApotfxError(f"checkpoint {path}: damaged or truncated ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ApotfxError(f"checkpoint {path}: damaged or truncated ({reason})") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content["version"] != VERSION:
             raise ApotfxError(f"checkpoint {path}: format version {content['version']}, expected {VERSION}")

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from apotfx.errors import ApotfxError
 
@@ -56,11 +57,14 @@ class Processes:
             dist.destroy_process_group()
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which only runs on accelerators, on the CPU as well: statistics of the whole batch."""
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch norm over the batches of all processes, on the CPU, where torch's SyncBatchNorm does not run."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions will do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu":
+        if not self.training:
             return super().forward(x)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = (1, -1) + (1,) * (x.dim() - 2)
@@ -78,12 +82,13 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return x if not self.affine else x * self.weight.view(shape) + self.bias.view(shape)
 
 
-def synchronize_batch_norms(model: nn.Module) -> nn.Module:
-    """Make every batch norm of `model` use the statistics of all processes' batches, in place."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with batch norms that use the statistics of all processes' batches; it is changed in place."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = SyncBatchNorm
+        if isinstance(module, _BatchNorm):
+            module.__class__ = CpuSyncBatchNorm
     return model
 
 

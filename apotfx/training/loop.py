@@ -125,7 +125,7 @@ class Trainer:
     ):
         self.config, self.dataset, self.image_size = config, dataset, image_size
         self.device, self.processes, self.teacher = device, processes, teacher
-        self.model = synchronize_batch_norms(model) if processes.world_size > 1 else model
+        self.model = synchronize_batch_norms(model, device) if processes.world_size > 1 else model
         augment = {"none": Augment.none, "flip": Augment.published}.get(config.augment)
         self.batches = TrainBatches(
             dataset.train, batch_size=config.batch_size, seed=config.seed,
@@ -304,7 +304,9 @@ class Trainer:
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """What is first NaN or infinite in a forward pass of `model`: a parameter, a layer's output, or a gradient."""
+    """What is first NaN or infinite in a forward pass of `model`: an image, a parameter, an output, or a gradient."""
+    if not images.isfinite().all():
+        return "in the input images"
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"parameter {name}"

@@ -1,0 +1,146 @@
+import os
+import pickle
+import re
+import resource
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import apotfx
+from apotfx.errors import ApotfxError
+from apotfx.training.checkpoint import load_state, read_checkpoint, save_checkpoint
+from apotfx.training.config import TrainConfig
+from apotfx.training.published import convert_published
+
+
+def small(bits=4):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    return net if bits == 32 else apotfx.quantize(net, apotfx.BitPolicy.default(bits))
+
+
+def content(model, **more):
+    return {"config": asdict(TrainConfig()), "model": model.state_dict(), **more}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_round_trip(tmp_path):
+    model = small()
+    save_checkpoint(tmp_path / "best.pt", content(model))
+    checkpoint = read_checkpoint(tmp_path / "best.pt")
+    assert equal(checkpoint.state, model.state_dict())
+    assert checkpoint.config == TrainConfig() and checkpoint.resume is None and not checkpoint.is_float
+
+
+def test_a_directory_means_its_last_checkpoint_and_the_average_comes_first(tmp_path):
+    model, average = small(), small()
+    with torch.no_grad():
+        average.get_submodule("0").weight.add_(1)
+    save_checkpoint(tmp_path / "checkpoint.pt", content(model, ema=average.state_dict(), optimizer={}))
+    checkpoint = read_checkpoint(tmp_path)
+    assert equal(checkpoint.state, average.state_dict())
+    assert equal(checkpoint.resume["model"], model.state_dict())
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, content(small()))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_checkpoint(path, content(small(5)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: {"format": "apotfx-checkpoint", "model": b}], ids=["bare", "inside"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch, wrap):
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(Bomb()), "evil.pt")
+    with pytest.raises(ApotfxError, match=r"evil\.pt: holds pickled code or is damaged, and was not run"):
+        read_checkpoint("evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ApotfxError, match="plain.pt"):
+        read_checkpoint("plain.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, share):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, content(small()))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ApotfxError, match=r"best\.pt: .*damaged") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_checkpoint_is_named():
+    with pytest.raises(ApotfxError, match=r"checkpoint nowhere\.pt: no such file"):
+        read_checkpoint("nowhere.pt")
+
+
+@pytest.mark.parametrize("other", [{"a": 1}, [1, 2], {"state_dict": {"module.x": 1}}], ids=["dict", "list", "other script"])
+def test_other_files_of_tensors_are_refused(tmp_path, other):
+    torch.save(other, tmp_path / "x.pt")
+    with pytest.raises(ApotfxError, match="not one of this tool's nor a published one"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+def test_another_architecture_is_refused_by_the_first_name_that_does_not_fit(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", content(small()))
+    other = nn.Sequential(nn.Conv2d(1, 5, 3))
+    with pytest.raises(ApotfxError, match=re.escape("(written by --arch resnet18): 0.weight is (4, 1, 3, 3), the network has (5, 1, 3, 3)")):
+        load_state(other, read_checkpoint(tmp_path / "x.pt"), carry_over=True)
+
+
+def test_carry_over_to_other_bits_keeps_weights_and_clips(tmp_path):
+    source, target = small(4), small(2)
+    apotfx.calibrate(source, [torch.rand(2, 1, 8, 8)])
+    save_checkpoint(tmp_path / "x.pt", content(source))
+    load_state(target, read_checkpoint(tmp_path / "x.pt"), carry_over=True)
+    assert equal(target.state_dict(), source.state_dict())
+    assert target.get_submodule("3").weight_quantizer.levels.bits == 2
+
+
+def test_carry_over_from_float_leaves_the_clips_alone(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", content(small(32)))
+    target = small(4)
+    with torch.no_grad():
+        target.get_submodule("3").weight.zero_()
+        target.get_submodule("3").weight_quantizer.clip.fill_(1.25)
+    load_state(target, read_checkpoint(tmp_path / "x.pt"), carry_over=True)
+    assert torch.equal(target.get_submodule("3").weight, small(32)[3].weight)
+    assert target.get_submodule("3").weight_quantizer.clip == 1.25
+
+
+def test_published_names_become_ours():
+    state = {
+        "module.conv1.weight": torch.tensor([0.5, -2.0]),
+        "module.layer1.0.conv1.weight": torch.ones(2),
+        "module.layer1.0.conv1.act_alpha": torch.tensor(5.0),
+        "module.layer1.0.conv1.weight_alpha": torch.tensor(-0.25),
+        "module.fc.weight": torch.tensor([1.0]),
+        "module.fc.bias": torch.tensor([3.0]),
+    }
+    converted = convert_published(state)
+    assert converted["layer1.0.conv1.input_quantizer.clip"] == 5.0
+    assert converted["layer1.0.conv1.weight_quantizer.clip"] == 0.25  # only its magnitude counts
+    assert converted["conv1.weight_quantizer.clip"] == 2.0
+    assert converted["fc.bias"] is state["module.fc.bias"]
+    assert all(value for key, value in converted.items() if key.endswith(".calibrated"))

@@ -1,0 +1,112 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from apotfx.errors import ApotfxError
+from apotfx.training.distributed import Processes, pick_device
+
+ROOT = Path(__file__).parents[1]
+
+WORKER = """
+import sys, torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import apotfx
+from apotfx.training.distributed import Processes, synchronize_batch_norms
+
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+processes = Processes("cpu")
+net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, affine=False),
+                    nn.BatchNorm2d(3, momentum=None), nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5))
+x, y = torch.randn(8, 2, 8, 8), torch.randint(5, (8,))
+net = apotfx.calibrate(apotfx.quantize(net, apotfx.BitPolicy.default(4)), [x.clone()]).double()
+share = slice(processes.rank * 8 // processes.world_size, (processes.rank + 1) * 8 // processes.world_size)
+if processes.world_size > 1:
+    synchronize_batch_norms(net, torch.device("cpu"))
+    wrapped = DistributedDataParallel(net)
+else:
+    wrapped = net
+nn.functional.cross_entropy(wrapped(x[share]), y[share]).backward()
+assert processes.sum(float(processes.rank), torch.device("cpu")) == sum(range(processes.world_size))
+assert processes.broadcast({"rank": processes.rank}) == {"rank": 0}
+processes.wait()
+if processes.is_main:
+    torch.save({"grad": {k: p.grad for k, p in net.named_parameters()}, "state": net.state_dict()}, sys.argv[1])
+processes.close()
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(*command, processes=2, cwd=None):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_give_the_gradients_and_statistics_of_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    results = []
+    for processes in (1, 2):
+        torchrun(tmp_path / "worker.py", tmp_path / f"{processes}.pt", processes=processes)
+        results.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    for part in ("grad", "state"):
+        one, two = (result[part] for result in results)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_training_on_two_processes_equals_training_on_one(tmp_path):
+    command = [
+        ROOT / "tools" / "train.py", "--arch", "resnet10", "--dataset", "digits", "--bit", 32, "--epochs", 1, "--lr", 0.01,
+        "--image-size", 16,
+    ]  # fmt: skip
+    states = []
+    for processes in (1, 2):
+        done = torchrun(*command, "--name", processes, processes=processes, cwd=tmp_path)
+        assert done.stdout.count("test acc") == 1  # only one process reports
+        states.append(torch.load(tmp_path / "runs" / str(processes) / "checkpoint.pt", weights_only=True))
+    one, two = (state["model"] for state in states)
+    for name in one:
+        torch.testing.assert_close(two[name].float(), one[name].float(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_process_needs_no_group():
+    processes = Processes("cpu")
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+    assert processes.sum(2.5, torch.device("cpu")) == 2.5
+    assert processes.broadcast("x") == "x"
+    processes.wait()
+    processes.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "message"),
+    [
+        ("cpu", 0, "--gpu 0 and --device cpu: give one of them"),
+        ("nonsense", None, "--device nonsense: unknown; expected cpu, cuda or cuda:N"),
+        ("meta", None, "--device meta: not supported"),
+        (None, 99, "--device cuda:99: this machine has [0-9]+ GPUs; use --device cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(name, gpu, message):
+    with pytest.raises(ApotfxError, match=message):
+        pick_device(name, gpu)
+
+
+def test_the_device_asked_for_is_picked():
+    assert pick_device("cpu", None) == torch.device("cpu")

@@ -1,0 +1,191 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import apotfx
+from apotfx.errors import ApotfxError
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import Dataset, Split
+from apotfx.training.distributed import Processes
+from apotfx.training.loop import Trainer, evaluate, first_non_finite, lr_factor, moving_average, parameter_groups
+from apotfx.training.monitor import Monitor
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(epochs=2, batch_size=8, lr=0.05, ema=0.9, augment="default")
+
+
+def dataset(n=40):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (n, 1, 10, 10), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(3, (n,), generator=generator)
+    split = Split(images, labels)
+    return Dataset("mnist", split, split, split, 3, (0.1,), (0.3,))
+
+
+def network(bits=4):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(0.1), nn.Linear(216, 3),
+    )  # fmt: skip
+    qmodel = apotfx.quantize(net, apotfx.BitPolicy.default(bits))
+    return apotfx.calibrate(qmodel, [torch.rand(8, 1, 10, 10)]) if bits < 32 else qmodel
+
+
+def trainer(config=CONFIG, model=None, teacher=None):
+    return Trainer(config, model or network(), dataset(), 10, teacher, CPU, Processes("cpu"))
+
+
+def fit(t, path):
+    path.mkdir(exist_ok=True)
+    t.fit(path, Monitor(path, enabled=False), print_freq=100)
+    return t
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("constant", {0: 1, 0.5: 1, 1: 1}),
+        ("step", {0: 1, 0.49: 1, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1: 0.01}),
+        ("cosine", {0: 0.04, 0.05: 1, 0.525: 0.5, 1: 0}),
+        ("onecycle", {0: 0.04, 0.15: 0.52, 0.3: 1, 0.65: 0.5, 1: 0}),
+    ],
+)
+def test_schedules(schedule, values):
+    for progress, factor in values.items():
+        assert lr_factor(schedule, progress) == pytest.approx(factor, abs=1e-12)
+
+
+def test_parameter_groups_hold_each_parameter_once():
+    model = network()
+    weights, scales, clips = parameter_groups(model, replace(CONFIG, clip_lr=0.5))
+    assert sum(len(g["params"]) for g in (weights, scales, clips)) == len(list(model.parameters()))
+    assert [g["weight_decay"] for g in (weights, scales, clips)] == [CONFIG.weight_decay, 0, 0]
+    assert [g["lr_factor"] for g in (weights, scales, clips)] == [1, 1, 0.5]
+    assert len(clips["params"]) == 6 and all(p.dim() > 1 for p in weights["params"])
+    assert all(g["weight_decay"] == CONFIG.weight_decay for g in parameter_groups(model, replace(CONFIG, decay_all=True)))
+
+
+def test_moving_average_follows_its_formula():
+    model = nn.Linear(1, 1, bias=False)
+    average = moving_average(model, 0.5)
+    expected = None
+    for n in range(6):
+        nn.init.constant_(model.weight, n * n)
+        average.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = n * n if n == 0 else decay * expected + (1 - decay) * n * n
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluate_counts_every_image_and_keeps_the_mode():
+    data = dataset()
+
+    class First(nn.Module):
+        def forward(self, x):
+            return nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 3).float()
+
+    model = First()
+    accuracy = evaluate(model, data.test, data, 10, CPU, Processes("cpu"))
+    assert accuracy == 100 * (data.test.labels == 0).sum().item() / 40
+    assert model.training
+
+
+def test_distillation_loss_against_its_formula():
+    t = trainer(replace(CONFIG, teacher_weight=0.25, temperature=2.0, label_smoothing=0.1), teacher=network(32).eval())
+    images, labels = torch.rand(8, 1, 10, 10), torch.arange(8) % 3
+    logits = torch.randn(8, 3)
+    p = torch.softmax(t.teacher(images).detach() / 2, 1)
+    kl = (p * (p.log() - torch.log_softmax(logits / 2, 1))).sum(1).mean() * 4
+    cross_entropy = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert t._loss(logits, images, labels).item() == pytest.approx((0.75 * cross_entropy + 0.25 * kl).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
+    whole = fit(trainer(), tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    stopped = trainer()
+    step = stopped._train_step
+
+    def stopping_step(images, labels):
+        if stopped.step == stop_at:
+            stopped.save(tmp_path / "part")
+            raise Stop
+        step(images, labels)
+
+    stopped._train_step = stopping_step
+    with pytest.raises(Stop):
+        fit(stopped, tmp_path / "part")
+    torch.manual_seed(99)  # dropout must continue from the checkpoint's random state, not from here
+    resumed = trainer(model=network())
+    resumed.load_state_dict(torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True))
+    assert resumed.step == stop_at
+    fit(resumed, tmp_path / "part")
+    a, b = whole.state_dict(), resumed.state_dict()
+    for key in ("model", "ema", "ema_count", "optimizer", "step", "best", "running", "random"):
+        assert equal(a[key], b[key]), key
+    best = [torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "part")]
+    assert equal(best[0]["model"], best[1]["model"])
+
+
+@pytest.mark.parametrize("option", [{}, {"amp": True}, {"ema": 0.0}, {"momentum": 0.0, "nesterov": False}], ids=str)
+def test_training_learns_the_training_images(tmp_path, option):
+    config = replace(CONFIG, epochs=40, augment="none", **option)
+    t = fit(trainer(config), tmp_path / "run")
+    assert evaluate(t.model, t.dataset.train, t.dataset, 10, CPU, Processes("cpu")) > 90  # chance is 40
+
+
+@pytest.mark.parametrize("poison", ["weight", "input"])
+def test_divergence_stops_names_the_place_and_keeps_the_checkpoint(tmp_path, poison):
+    t = fit(trainer(replace(CONFIG, epochs=1)), tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    t.config = replace(t.config, epochs=2)
+    if poison == "weight":
+        nn.init.constant_(t.model.get_submodule("3").weight, math.nan)
+        where = "parameter 3.weight"
+    else:
+        t.batches.std = torch.zeros(1, 1, 1)
+        where = "in the input images"
+    with pytest.raises(ApotfxError, match=f"training diverged at step 5 .* first value that is not finite is {where};"):
+        fit(t, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_first_layer_that_is_not_finite_is_found_among_layers_and_gradients():
+    model = network(32)
+    assert first_non_finite(model, torch.rand(2, 1, 10, 10)) == "the loss"
+    model.get_parameter("3.bias").grad = torch.full((6,), math.inf)
+    assert first_non_finite(model, torch.rand(2, 1, 10, 10)) == "the gradient of 3.bias"
+    nn.init.constant_(model.get_parameter("3.weight"), 3e38)
+    assert first_non_finite(model, 1e3 * torch.rand(2, 1, 10, 10)) == "the output of 3"
+
+
+def test_an_infinite_learning_signal_never_reaches_the_weights(tmp_path):
+    t = trainer(model=network(32))
+    before = {k: v.clone() for k, v in t.model.named_parameters()}
+    images = torch.full((8, 1, 10, 10), math.inf)
+    with pytest.raises(ApotfxError, match="diverged"):
+        t._train_step(images, torch.zeros(8, dtype=torch.long))
+    assert all(torch.equal(before[k], v) for k, v in t.model.named_parameters())
+
+
+def test_unknown_batch_sizes_are_refused():
+    with pytest.raises(ApotfxError, match="--batch-size 64: expected 1 to 40"):
+        trainer(replace(CONFIG, batch_size=64))
