@@ -31,8 +31,9 @@ PRESERVING_FUNCTIONS = {
     "contiguous", "clone", "detach", "to", "float", "roll", "flip", "getitem", "chunk", "split", "unbind",
     "mean", "sum", "amax", "sqrt",
 }  # fmt: skip
+IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
 COMBINING_FUNCTIONS = {
-    "add", "add_", "iadd", "mul", "mul_", "imul", "truediv", "div", "cat", "concat", "stack", "matmul", "bmm", "maximum",
+    "add", "add_", "iadd", "mul", "mul_", "imul", "truediv", "div", "matmul", "bmm", "maximum",
 }  # fmt: skip
 
 
@@ -66,10 +67,10 @@ def analyze(root: nn.Module, graph: fx.Graph) -> list[LayerFacts]:
     with an obstacle. A module called several times is described by all its calls together.
     """
     modules = dict(root.named_modules())
-    calls: dict[str, list[fx.Node]] = {}
+    calls: dict[tuple[str, str], list[fx.Node]] = {}  # a functional call may bear the name of a module
     for node in graph.nodes:
         if name := _layer_name(node, modules):
-            calls.setdefault(name, []).append(node)
+            calls.setdefault((node.op, name), []).append(node)
 
     layer_nodes = {node for nodes in calls.values() for node in nodes}
     after_layer = _reached(graph.nodes, layer_nodes, lambda node: node.all_input_nodes)
@@ -86,12 +87,12 @@ def analyze(root: nn.Module, graph: fx.Graph) -> list[LayerFacts]:
             feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
             obstacle=_obstacle(nodes[0], modules),
         )
-        for name, nodes in calls.items()
+        for (_, name), nodes in calls.items()
     ]
     return facts + [
         LayerFacts(name, type(module).__name__, True, False, False, False, _hiding_place(name, modules, graph))
         for name, module in modules.items()
-        if is_layer(module) and name not in calls
+        if is_layer(module) and ("call_module", name) not in calls
     ]
 
 
@@ -162,8 +163,9 @@ def non_negative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[f
     facts: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         facts[node] = _is_non_negative(node, modules, facts)
-        # An in-place sum also changes what later readers of its first operand see.
-        if _torch_name(node) in ("iadd", "isub", "imul", "add_", "sub_", "mul_") and isinstance(node.args[0], fx.Node):
+        # What works in place also changes what later readers of its first operand see.
+        name = _torch_name(node) or ""
+        if (name in IN_PLACE_OPERATORS or name.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
             facts[node.args[0]] &= facts[node]
     return facts
 
@@ -182,14 +184,18 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
     if name in PRESERVING_FUNCTIONS:
         return bool(node.all_input_nodes) and facts[node.all_input_nodes[0]]
     if name in ("clamp", "clamp_min"):
-        low = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
-        return isinstance(low, (int, float)) and low >= 0 or facts[node.all_input_nodes[0]] and low is None
+        low, high = (node.kwargs.get(key, (*node.args, None, None)[i]) for i, key in ((1, "min"), (2, "max")))
+        above = _is_at_least_0(low, facts) or low is None and facts[node.all_input_nodes[0]]
+        return above and (high is None or _is_at_least_0(high, facts))
+    if name in ("cat", "concat", "stack"):
+        return all(facts[x] for x in node.all_input_nodes)
     if name in COMBINING_FUNCTIONS:
-        operands = node.args[0] if name in ("cat", "concat", "stack") else node.args[:2]
-        return isinstance(operands, (tuple, list)) and all(
-            facts[x] if isinstance(x, fx.Node) else isinstance(x, (int, float)) and x >= 0 for x in operands
-        )
+        return all(_is_at_least_0(x, facts) for x in (*node.args, *node.kwargs.values()))
     return False
+
+
+def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:
+    return facts[x] if isinstance(x, fx.Node) else isinstance(x, (int, float)) and x >= 0
 
 
 def _torch_name(node: fx.Node) -> str | None:

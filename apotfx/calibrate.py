@@ -1,5 +1,6 @@
 """Initial clips from data."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,8 +13,10 @@ from .levels import LevelSet
 
 METHODS = ("mse", "paper")
 SAMPLES = 2**16  # elements of a tensor that a clip is fitted to, and of an activation kept per batch
-CANDIDATES = torch.logspace(-5, 0, 64, base=2)  # clips tried, as fractions of the largest magnitude
-REFINEMENT = torch.linspace(2 ** (-5 / 63), 2 ** (5 / 63), 9)
+# Clips tried, as fractions of the largest magnitude, in steps of 1/12 octave; 1 is one of them. Beyond it as the levels
+# of apot are sparse near the clip: from 5 magnitude bits on up to three times the largest magnitude fits best.
+CANDIDATES = torch.logspace(-5, 1.75, 82, base=2)
+REFINEMENT = torch.logspace(-1 / 12, 1 / 12, 9, base=2)  # between the neighbours of the best of them
 
 
 @torch.no_grad()
@@ -31,23 +34,29 @@ def fit_clip(x: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
     """
     rows = x.detach().float().reshape(shape[0], -1) if shape else _sample(x).float().unsqueeze(0)
     largest = rows.abs().amax(1, keepdim=True) if levels.signed else rows.amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    encoding = F.Levels(torch.tensor(levels.encoding_table, dtype=torch.int16, device=x.device), levels.max, levels.signed)
-    best = largest
+    something = largest > 0
+    largest = torch.where(something, largest, 1.0)
+    encoding = F.Levels.of(levels, x.device)
+    best, best_error = largest, torch.full_like(largest, torch.inf)
     for fractions in (CANDIDATES, REFINEMENT):
-        best_error, start = torch.full_like(largest, torch.inf), best
+        start = best
         for fraction in fractions.tolist():
             clip = start * fraction
             error = (F.fake_quantize(rows, clip, encoding) - rows).square().mean(1, keepdim=True)
             best = torch.where(error < best_error, clip, best)
             best_error = torch.minimum(error, best_error)
-    return best.reshape(shape)
+    return torch.where(something, best, 1.0).reshape(shape)
 
 
 def _sample(x: Tensor) -> Tensor:
-    """At most SAMPLES elements of x, evenly spread, so that the choice is deterministic."""
-    x = x.detach().flatten()
-    return x[:: -(-x.numel() // SAMPLES)].clone() if x.numel() > SAMPLES else x.clone()
+    """At most SAMPLES elements of x, evenly spread, as a copy of shape [n].
+
+    The distance between them has no factor in common with their number, so that no column of an image is preferred.
+    """
+    distance = max(1, -(-x.numel() // SAMPLES))
+    while distance > 1 and math.gcd(distance, x.numel()) > 1:
+        distance += 1
+    return x.detach().flatten()[::distance].clone()
 
 
 @torch.no_grad()

@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .levels import LevelSet
+
 MIN_CLIP = 1e-8  # a clip that training drives to zero or below would turn the whole layer into NaN
 FLOAT32_EXACT = 2**24  # integers, and sums of integers, are exact in float32 below this
 BFLOAT16_EXACT = 2**8
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here, as torch.compile would break the graph on it
 
 
 class Levels(NamedTuple):
     """What the arithmetic needs of a `LevelSet`: its encoding table as an integer tensor, and its signs."""
 
-    table: Tensor  # int16 [2 * max + 1]
+    table: Tensor  # int32 [2 * max + 1], or [4 * max + 1] if signed
     max: int
     signed: bool
+
+    @classmethod
+    def of(cls, level_set: LevelSet, device: torch.device | None = None) -> "Levels":
+        return cls(torch.tensor(level_set.encoding_table, dtype=torch.int32, device=device), level_set.max, level_set.signed)
 
 
 def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
@@ -39,17 +46,19 @@ def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    magnitude = x.abs() if levels.signed else x
-    position = (magnitude * (2 * levels.max / clip.to(x.dtype))).clamp(0, 2 * levels.max)
-    index = position.to(torch.int32).clamp_(min=0)  # what NaN turns into differs between devices
+    high = 2 * levels.max
+    low = -high if levels.signed else 0
+    position = (x * (high / clip.to(x.dtype))).clamp_(low, high)
+    index = position.to(torch.int32)  # truncates towards zero
+    if low:
+        index.sub_(low)
+    index.clamp_(0, high - low)  # what NaN turned into differs between devices
     table = levels.table.to(x.dtype)
     if index.is_contiguous():
         n = table.index_select(0, index.view(-1)).view(index.shape)  # twice as fast as table[index]
     else:
         n = table[index]
-    if levels.signed:
-        n = n * x.sign()
-    return torch.add(n, position, alpha=0.0)  # carries NaN through, and makes -0 a 0
+    return n.add_(position, alpha=0.0)  # carries NaN through
 
 
 def decode(n: Tensor, clip: Tensor, levels: Levels) -> Tensor:
@@ -75,12 +84,19 @@ def quantization_gradient(
     Returns:
         (gradient for x, of x's shape; gradient for clip, of clip's shape).
     """
-    v = x / clip
-    inside = (v.abs() <= 1) if levels.signed else (v >= 0) & (v <= 1)
-    grad_x = grad if everywhere else grad * inside
-    # Outside, n / max is already sign(x) (or 0 below an unsigned set), so only v has to be masked.
-    error = torch.addcmul(n / levels.max, v, inside.to(v.dtype), value=-1)
-    return grad_x, (grad * error).sum_to_size(clip.shape)
+    # In units of n, which bfloat16 holds exactly; outside, n is already max * sign(x), or 0 below an unsigned set.
+    position = x.to(torch.promote_types(clip.dtype, torch.float32)) * (levels.max / clip)
+    clamped = position.clamp(-levels.max if levels.signed else 0, levels.max)
+    inside = position.eq_(clamped)
+    grad_x = grad if everywhere else grad * inside.to(grad.dtype)
+    error = torch.addcmul(n.to(clamped.dtype), clamped, inside, value=-1)
+    return grad_x, _sum_of_products(grad, error, clip.shape) / levels.max
+
+
+def _sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    if not shape and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))  # without the product in memory
+    return (a * b).sum_to_size(shape)
 
 
 class Convolution(NamedTuple):
@@ -103,6 +119,9 @@ class Convolution(NamedTuple):
 
     def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
         """Gradients for x and w, None where `needs` is false."""
+        if grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
+            # oneDNN leaves bfloat16 weight gradients unset where a tap meets padding only (3x3 on a 1x1 map).
+            grad, x, w = grad.float(), x.float(), w.float()
         return torch.ops.aten.convolution_backward(
             grad, x, w, None, self.stride, self.padding, self.dilation, False, [0] * len(self.stride),
             self.groups, [*needs, False],
@@ -138,11 +157,11 @@ def exact_dtype(weight_shape: torch.Size, max_w: int, max_x: int, device: torch.
     """A dtype in which the accumulators of a layer are exact, whatever the order of summation.
 
     float32 where `accumulator_bound` allows it, and the levels too, should the user let float32 products run
-    in bfloat16. float64 elsewhere: cuDNN and NNPACK (used where oneDNN is missing) may compute float32
+    in bfloat16. float64 elsewhere: cuDNN and NNPACK (used where oneDNN is missing or off) may compute float32
     convolutions by Winograd or FFT, which are not exact on integers; they have none for float64.
     """
     exact = accumulator_bound(weight_shape, max_w, max_x) < FLOAT32_EXACT and max(max_w, max_x) <= BFLOAT16_EXACT
-    direct = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    direct = device.type == "cpu" and HAS_ONEDNN and torch.backends.mkldnn.enabled
     return torch.float32 if exact and direct else torch.float64
 
 

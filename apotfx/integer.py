@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from .analysis import batch_norm_after
 from .errors import ApotfxError
 from .functional import accumulator_bound
-from .layers import Geometry, IntegerLayer, QuantLayer
+from .layers import QUANT_LAYERS, Geometry, IntegerLayer, QuantLayer
 from .levels import LevelSet
 from .quantizers import Quantizer
 from .rewrite import swap_layers, trace
@@ -67,12 +67,14 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike) -> Path:
         ApotfxError: `path` exists, or `qmodel` is not a float32 model from `quantize`.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise ApotfxError(f"export {path}: exists already; choose a new directory or remove it")
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers or not isinstance(qmodel, fx.GraphModule):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _float_state(qmodel, layers).items()}
+    _require_finite(layers)
+    # Copies, as safetensors refuses tensors that share memory, such as tied weights.
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in _float_state(qmodel, layers).items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ApotfxError(f"export: {name} is {tensor.dtype}, expected torch.float32; call model.float() first")
@@ -94,6 +96,13 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike) -> Path:
     return path
 
 
+def _require_finite(layers: dict[str, QuantLayer]) -> None:
+    for name, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ApotfxError(f"export: {name}.{key} is not finite; the training diverged, export an earlier state")
+
+
 def _float_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The state that stays in float: all but the quantized weights and the quantizers."""
     replaced = set()
@@ -106,13 +115,9 @@ def _float_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Te
 
 def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | None) -> dict:
     inputs, weights = layer.input_quantizer, layer.weight_quantizer
-    operator = layer.geometry.operator
     entry = {
         "name": name,
-        "type": layer.float_type.__name__,
-        "shape": list(layer.weight.shape),
-        "operator": {"kind": type(operator).__name__, **operator._asdict()},
-        "bias": layer.bias is not None,
+        **_structure(layer, layer.float_type),
         "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight()[1]),
         "input": None if inputs is None else _describe_quantizer(inputs, inputs.scale),
     }
@@ -125,6 +130,19 @@ def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | 
         bias = (0 if bn.bias is None else bn.bias.detach()) - bn.running_mean * multiplier
         entry["batch_norm"] = {"name": bn_name, "multiplier": multiplier.tolist(), "bias": bias.tolist()}
     return entry
+
+
+def _structure(layer: nn.Module, float_type: type[nn.Module]) -> dict:
+    geometry = Geometry.of(layer)
+    structure = {
+        "type": float_type.__name__,
+        "shape": layer.weight.shape,
+        "bias": layer.bias is not None,
+        "operator": {"kind": type(geometry.operator).__name__, **geometry.operator._asdict()},
+        "pad": geometry.pad,
+        "pad_mode": geometry.pad_mode,
+    }
+    return json.loads(json.dumps(structure))  # as it will be read: lists for tuples
 
 
 def _describe_quantizer(quantizer: Quantizer, scale: Tensor) -> dict:
@@ -144,12 +162,17 @@ def _describe_quantizer(quantizer: Quantizer, scale: Tensor) -> dict:
 def _batch_norms(qmodel: fx.GraphModule) -> dict[str, tuple[str, nn.Module]]:
     """Per layer the batch norm that is its only consumer, by name."""
     modules = dict(qmodel.named_modules())
-    found = {}
+    found: dict[str, set[str | None]] = {}
     for node in qmodel.graph.nodes:
-        if node.op == "call_module" and (name := batch_norm_after(node, modules)):
-            if modules[name].running_var is not None:
-                found[node.target] = (name, modules[name])
-    return found
+        if node.op == "call_module":
+            found.setdefault(node.target, set()).add(batch_norm_after(node, modules))
+    # A layer that is called several times may have several, or one after some of the calls only.
+    single = {layer: names.pop() for layer, names in found.items() if len(names) == 1}
+    return {
+        layer: (name, modules[name])
+        for layer, name in single.items()
+        if name is not None and modules[name].running_var is not None
+    }
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -266,16 +289,15 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
 
 
 def _matching_layer(model: fx.GraphModule, entry: dict, path: str | os.PathLike) -> nn.Module:
-    name, expected = entry["name"], f"{entry['type']} {tuple(entry['shape'])}"
+    fix = "pass the float model that was exported"
     try:
-        layer = model.get_submodule(name)
+        layer = model.get_submodule(entry["name"])
     except AttributeError:
-        raise ApotfxError(f"export {path}: layer {name} ({expected}) is not in the model; pass the model that was exported") from None
-    weight = getattr(layer, "weight", None)
-    got = f"{type(layer).__name__} {tuple(weight.shape) if weight is not None else '()'}"
-    operator = Geometry.of(layer).operator._asdict() if got == expected else None
-    if got != expected or json.loads(json.dumps(operator)) != {k: v for k, v in entry["operator"].items() if k != "kind"}:
-        raise ApotfxError(f"export {path}: layer {name} is {expected} {entry['operator']}, the model has {got} {operator}")
+        raise ApotfxError(f"export {path}: layer {entry['name']} is not in the model; {fix}") from None
+    supported = type(layer) in QUANT_LAYERS
+    for key, got in (_structure(layer, type(layer)) if supported else {"type": type(layer).__name__}).items():
+        if got != entry[key]:
+            raise ApotfxError(f"export {path}: layer {entry['name']} has {key} {entry[key]}, in the model {got}; {fix}")
     return layer
 
 

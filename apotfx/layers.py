@@ -83,8 +83,8 @@ class QuantLayer(nn.Module):
             quantizer.to(layer.weight.device).train(layer.training)
         return quant
 
-    def forward(self, x: Tensor) -> Tensor:
-        prepared = self.geometry.prepare(x)
+    def forward(self, input: Tensor) -> Tensor:
+        prepared = self.geometry.prepare(input)
         weight, rescale = self.normalized_weight()
         if self.training:
             self._fit_first_batch(prepared, weight)
@@ -101,8 +101,8 @@ class QuantLayer(nn.Module):
             rescale=rescale,
             clip_grad_factor=self.clip_grad_factor,
             everywhere=weights is not None and weights.levels.bits == 2,
-        )
-        return self.geometry.finish(y, self.bias, x)
+        ).to(self.weight.dtype)
+        return self.geometry.finish(y, self.bias, input)
 
     def normalized_weight(self) -> tuple[Tensor, Tensor]:
         """(the weight in the unit of its clip, the factor that brings it back)."""
@@ -180,12 +180,12 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_clip", input_clip)
         self.register_buffer("bias", bias)
-        table = None if input_levels is None else torch.tensor(input_levels.encoding_table, dtype=torch.int16)
+        table = None if input_levels is None else F.Levels.of(input_levels).table
         self.register_buffer("table", table, persistent=False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        prepared = self.geometry.prepare(x)
+    def forward(self, input: Tensor) -> Tensor:
+        prepared = self.geometry.prepare(input)
         if self.input_levels is None:
             n_x, scale_x, dtype = prepared, prepared.new_ones(()), prepared.dtype
         else:
@@ -194,10 +194,10 @@ class IntegerLayer(nn.Module):
             scale_x = self.input_clip / levels.max
             dtype = n_x.dtype
             if self.weight_levels is not None:
-                dtype = F.exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, x.device)
+                dtype = F.exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, input.device)
         scale = F.output_scale(scale_x, self.weight_scale, self.geometry.operator)
         y = F.scaled_op(n_x, self.weight, scale, self.geometry.operator, dtype)
-        return self.geometry.finish(y, self.bias, x)
+        return self.geometry.finish(y, self.bias, input)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"

@@ -107,14 +107,15 @@ class LevelSet:
 
     @cached_property
     def encoding_table(self) -> tuple[int, ...]:
-        """Entry `j` is the level nearest to `j / 2` and to all up to `(j + 1) / 2`: `2 * max + 1` levels.
+        """The level of x for every value of `trunc(2 * max * x / alpha)`, ascending.
 
-        The midpoint of two neighbouring levels is a multiple of 1/2, so `floor(2 * max * |x| / alpha)`
-        decides the level of x; a tie goes to the larger magnitude.
+        The midpoint of two neighbouring levels is a multiple of 1/2, so that this number decides the level; as it is
+        truncated towards zero, a tie goes to the larger magnitude. There are `2 * max + 1` entries, from 0 on, for an
+        unsigned set, and `4 * max + 1` entries, from `-2 * max` on, for a signed one.
         """
         table, index = [], 0
         for j in range(2 * self.max + 1):
             if index + 1 < len(self.ints) and j >= self.ints[index] + self.ints[index + 1]:
                 index += 1
             table.append(self.ints[index])
-        return tuple(table)
+        return tuple([-n for n in table[:0:-1]] + table if self.signed else table)

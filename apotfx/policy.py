@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,10 @@ class BitPolicy:
     rules: tuple[Rule, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "rules", tuple(self.rules))
-        if not self.rules:
-            raise ApotfxError("policy: it has no rules; give at least one")
+        rules = tuple(self.rules) if isinstance(self.rules, Iterable) else ()
+        if not rules or not all(isinstance(rule, Rule) for rule in rules):
+            raise ApotfxError(f"policy: expected one Rule or more in a sequence, got {_abbreviated(self.rules)}")
+        object.__setattr__(self, "rules", rules)
 
     @classmethod
     def default(cls, bits: int = 4, scheme: str = "apot") -> "BitPolicy":
@@ -129,9 +130,10 @@ class BitPolicy:
         Raises:
             ApotfxError: anything but `{"rules": [{...}, ...]}` with known keys and values; names `source`.
         """
-        if not isinstance(content, dict) or set(content) != {"rules"} or not isinstance(content["rules"], list):
+        rules = content["rules"] if isinstance(content, dict) and set(content) == {"rules"} else None
+        if not isinstance(rules, list) or not rules:
             raise ApotfxError(f"{source}: expected one key `rules` with a list of rules, got {_abbreviated(content)}")
-        return cls(tuple(_rule_from_dict(rule, f"{source}: rule {i}") for i, rule in enumerate(content["rules"], 1)))
+        return cls(tuple(_rule_from_dict(rule, f"{source}: rule {i}") for i, rule in enumerate(rules, 1)))
 
     def to_dict(self) -> dict:
         return {"rules": [dataclasses.asdict(rule) for rule in self.rules]}

@@ -25,7 +25,7 @@ class Quantizer(nn.Module):
         self.levels = levels
         self.clip = nn.Parameter(clip)
         self.register_buffer("calibrated", torch.tensor(False))
-        self.register_buffer("table", torch.tensor(levels.encoding_table, dtype=torch.int16), persistent=False)
+        self.register_buffer("table", F.Levels.of(levels).table, persistent=False)
         self.needs_clip = True  # mirrors `calibrated`, to be read without waiting for the device
 
     @property

@@ -1,8 +1,8 @@
 """Trace and swap: the only file that edits graphs."""
 
 import copy
+import warnings
 
-import torch
 from torch import fx, nn
 
 from .analysis import analyze
@@ -12,39 +12,124 @@ from .policy import BitPolicy, Plan, PlannedLayer, resolve
 from .quantizers import InputQuantizer, WeightQuantizer
 
 
+class ByMode(nn.Module):
+    """A constant of the traced code that depends on the mode, such as `training=self.training`."""
+
+    def __init__(self, in_training: object, in_evaluation: object):
+        super().__init__()
+        self.in_training, self.in_evaluation = in_training, in_evaluation
+
+    def forward(self) -> object:
+        return self.in_training if self.training else self.in_evaluation
+
+    def extra_repr(self) -> str:
+        return f"{self.in_training} in training, {self.in_evaluation} in evaluation"
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """`model` as a graph; shares its parameters and leaf modules. A GraphModule is returned as it is.
+
+    Tracing runs the model's forward, which may leave marks on it: pass a copy. Arguments of calls that depend on
+    the mode, such as `F.dropout(x, training=self.training)`, follow `train()` and `eval()` of the graph too.
 
     Raises:
         ApotfxError: not a module that can be traced; says what to pass instead.
     """
-    if not isinstance(model, nn.Module):
-        raise ApotfxError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ApotfxError("model: is wrapped in DistributedDataParallel; quantize model.module, then wrap the result")
-    if hasattr(model, "_orig_mod"):
-        raise ApotfxError("model: was compiled; quantize model._orig_mod, then torch.compile the result")
+    _require_traceable(model)
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        return fx.symbolic_trace(model)
+        graph_module = fx.symbolic_trace(model)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = " ".join(str(error).split())
         raise ApotfxError(
             f"model {type(model).__name__}: torch.fx cannot trace it ({type(error).__name__}: {reason}); make its "
             "forward free of control flow on tensor values"
         ) from error
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in graph_module.named_modules():
+        module.training = modes.get(name, module.training)  # torch.fx makes containers anew
+    _follow_mode(graph_module, model, _nodes_in_other_mode(model))
+    return graph_module
+
+
+def _require_traceable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ApotfxError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ApotfxError("model: is wrapped in DistributedDataParallel; quantize model.module, then wrap the result")
+    if hasattr(model, "_orig_mod"):
+        raise ApotfxError("model: was compiled; quantize model._orig_mod, then torch.compile the result")
+
+
+def _nodes_in_other_mode(model: nn.Module) -> list[fx.Node]:
+    """The graph of `model` where every module that trains evaluates, and the other way round; [] if there is none."""
+
+    def toggle() -> None:
+        for module in model.modules():
+            module.training = not module.training
+
+    toggle()
+    try:
+        return list(fx.symbolic_trace(model).graph.nodes)
+    except Exception:
+        return []
+    finally:
+        toggle()
+
+
+def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx.Node]) -> None:
+    """Make numbers and flags that differ from those in `others`, the nodes in the other mode, depend on the mode.
+
+    Each becomes a `ByMode` that both `graph_module` and `model` hold.
+    """
+    nodes = list(graph_module.graph.nodes)
+    # Constants, which are read as get_attr, get another name in every trace.
+    path, other_path = ([(n.op, n.target if n.op != "get_attr" else "") for n in graph] for graph in (nodes, others))
+    if path != other_path:
+        warnings.warn(
+            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the graph "
+            f"keeps the path of {'training' if graph_module.training else 'evaluation'}",
+            stacklevel=4,
+        )
+        return
+    differing = [
+        (node, update, key, here, there)
+        for node, twin in zip(nodes, others)
+        for update, mine, theirs in (
+            (node.update_arg, enumerate(node.args), twin.args),
+            (node.update_kwarg, node.kwargs.items(), twin.kwargs),
+        )
+        for key, here in mine
+        if isinstance(here, (bool, int, float)) and here != (there := theirs[key])
+    ]
+    for i, (node, update, key, here, there) in enumerate(differing):
+        by_mode = ByMode(here, there) if graph_module.training else ByMode(there, here)
+        for root in (graph_module, model):
+            root.add_module(f"by_mode_{i}", by_mode.train(graph_module.training))
+        with graph_module.graph.inserting_before(node):
+            update(key, graph_module.graph.call_module(f"by_mode_{i}"))
+    graph_module.recompile()
 
 
 def plan(model: nn.Module, policy: BitPolicy) -> Plan:
     """What `quantize(model, policy)` would do, layer by layer; the model is untouched. Raises as `quantize`."""
+    return _traced_and_planned(model, policy)[1]
+
+
+def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphModule, Plan]:
+    if not isinstance(policy, BitPolicy):
+        raise ApotfxError(f"policy: expected a BitPolicy, got {type(policy).__name__}; use BitPolicy.from_yaml or from_dict")
+    _require_traceable(model)
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ApotfxError("model: is already quantized; start from the float model")
-    layers = analyze(model, trace(model).graph)
+    copied = copy.deepcopy(model)
+    graph_module = trace(copied)
+    layers = analyze(copied, graph_module.graph)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(f"model {type(model).__name__}: has no layer that can be quantized ({reasons or 'no conv or linear layer'})")
-    return resolve(policy, layers)
+    return graph_module, resolve(policy, layers)
 
 
 def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
@@ -52,7 +137,8 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
 
     Everything else keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps its parameters
     and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from `calibrate`, or
-    else from the first training batch; until then they are the paper's constants.
+    else from the first training batch; until then they are the paper's constants. All of them learn but those of the
+    first layers' inputs, which `requires_grad_` can let learn too.
 
     Args:
         model: a float module that torch.fx can trace, or a GraphModule.
@@ -65,10 +151,7 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
         ApotfxError: the model cannot be traced, is quantized already or has nothing to quantize; the policy has a rule
             that matches nothing, or asks for levels that do not exist.
     """
-    if not isinstance(model, nn.Module):
-        trace(model)
-    resolved = plan(model, policy)
-    graph_module = trace(copy.deepcopy(model))
+    graph_module, resolved = _traced_and_planned(model, policy)
     layers = {
         planned.facts.name: _quantized_layer(graph_module.get_submodule(planned.facts.name), planned)
         for planned in resolved.layers
@@ -98,4 +181,6 @@ def _quantized_layer(layer: nn.Module, planned: PlannedLayer) -> QuantLayer:
         )
     if planned.input is not None:
         input_quantizer = InputQuantizer(planned.input)
+        # To learn it would take a backward pass to the network's own input, which costs as much as several layers.
+        input_quantizer.clip.requires_grad_(not planned.facts.is_first)
     return QUANT_LAYERS[type(layer)].from_float(layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor)

@@ -59,11 +59,9 @@ def summary(qmodel: fx.GraphModule) -> Summary:
     rows = []
     for planned in plan.layers:
         facts = planned.facts
-        try:
-            layer = qmodel.get_submodule(facts.name)
-            weight = layer.weight
-        except AttributeError:  # a functional call has no module
-            layer = weight = None
+        # A functional call has no module, and one that is never called is not in the graph.
+        layer = None if facts.type.startswith("F.") else dict(qmodel.named_modules()).get(facts.name)
+        weight = getattr(layer, "weight", None)
         parameters = 0 if weight is None else weight.numel()
         weight_bits = planned.weight.bits if planned.weight else FLOAT_BITS
         quantizers = (layer.weight_quantizer, layer.input_quantizer) if isinstance(layer, QuantLayer) else (None, None)

@@ -1,0 +1,403 @@
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import fx, nn
+from torch.nn.utils import prune
+
+from apotfx.analysis import LayerFacts, analyze
+
+
+class Net(nn.Module):
+    """`between` makes the input of `last` from (the net, a signed tensor, a non-negative tensor)."""
+
+    def __init__(self, between=None, **modules):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.between = between
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        signed = self.first(x)
+        return self.last(self.between(self, signed, torch.relu(signed)))
+
+
+def facts_of(model) -> dict[str, LayerFacts]:
+    return {layer.name: layer for layer in analyze(model, fx.symbolic_trace(model).graph)}
+
+
+def is_signed(between, **modules):
+    return facts_of(Net(between, **modules))["last"].signed_input
+
+
+def with_module(module, operand):
+    return lambda net, signed, positive: net.module(signed if operand == "signed" else positive)
+
+
+MAKE_NON_NEGATIVE = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Softmax(1),
+    nn.Softplus(), nn.Hardtanh(0, 3),
+]  # fmt: skip
+KEEP_SIGN = [
+    nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.Dropout(),
+    nn.Identity(), nn.Flatten(2), nn.ChannelShuffle(2), nn.ZeroPad2d(1),
+    nn.Sequential(nn.Dropout2d(), nn.MaxPool2d(2)),
+]  # fmt: skip
+MAY_BE_NEGATIVE = [
+    nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.Tanh(), nn.LeakyReLU(), nn.ELU(), nn.Hardtanh(),
+    nn.Hardtanh(-2, 5), nn.LayerNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1),
+    nn.LogSoftmax(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MAKE_NON_NEGATIVE, ids=repr)
+def test_modules_that_are_never_negative(module):
+    assert not is_signed(with_module(module, "signed"), module=module)
+
+
+@pytest.mark.parametrize("module", KEEP_SIGN, ids=repr)
+def test_modules_that_keep_the_sign(module):
+    assert not is_signed(with_module(module, "positive"), module=module)
+    assert is_signed(with_module(module, "signed"), module=module)
+
+
+@pytest.mark.parametrize("module", MAY_BE_NEGATIVE, ids=repr)
+def test_modules_that_may_be_negative(module):
+    assert is_signed(with_module(module, "positive"), module=module)
+
+
+NON_NEGATIVE = {
+    "TF.relu": lambda s, p: TF.relu(s),
+    "x.relu()": lambda s, p: s.relu(),
+    "TF.relu6": lambda s, p: TF.relu6(s),
+    "relu_": lambda s, p: s.relu_(),
+    "torch.sigmoid": lambda s, p: torch.sigmoid(s),
+    "x.sigmoid()": lambda s, p: s.sigmoid(),
+    "TF.softmax": lambda s, p: TF.softmax(s, 1),
+    "hardsigmoid": lambda s, p: TF.hardsigmoid(s),
+    "abs": lambda s, p: abs(s),
+    "square": lambda s, p: s.square(),
+    "exp": lambda s, p: s.exp(),
+    "softplus": lambda s, p: TF.softplus(s),
+    "clamp": lambda s, p: torch.clamp(s, 0, 1),
+    "clamp-min": lambda s, p: s.clamp(min=0),
+    "clamp_min": lambda s, p: s.clamp_min(0.5),
+    "clamp-max": lambda s, p: p.clamp(max=6),
+    "max_pool": lambda s, p: TF.max_pool2d(p, 2),
+    "avg_pool": lambda s, p: TF.avg_pool2d(p, 2),
+    "adaptive_avg_pool": lambda s, p: TF.adaptive_avg_pool2d(p, 1),
+    "dropout": lambda s, p: TF.dropout(p, 0.2),
+    "flatten": lambda s, p: torch.flatten(p, 1),
+    "x.flatten()": lambda s, p: p.flatten(1),
+    "view": lambda s, p: p.view(1, 4, -1, 1),
+    "permute": lambda s, p: p.permute(0, 1, 3, 2),
+    "mean": lambda s, p: p.mean((2, 3), keepdim=True),
+    "getitem": lambda s, p: p[:, :4],
+    "chunk": lambda s, p: p.chunk(2, 2)[0],
+    "contiguous": lambda s, p: p.contiguous(),
+    "p + p": lambda s, p: p + p,
+    "p + 1": lambda s, p: p + 1,
+    "1 + p": lambda s, p: 1 + p,
+    "p * 2": lambda s, p: p * 2,
+    "p * p": lambda s, p: p * p,
+    "p / 2": lambda s, p: p / 2,
+    "torch.add": lambda s, p: torch.add(p, p),
+    "add-alpha": lambda s, p: torch.add(p, p, alpha=2),
+    "add-named": lambda s, p: torch.add(input=p, other=p),
+    "add_": lambda s, p: p.add_(p),
+    "cat": lambda s, p: torch.cat([p, p, p * 2], 1),
+    "cat-named": lambda s, p: torch.cat(tensors=[p, p], dim=-1),
+    "cat-negative-dim": lambda s, p: torch.cat((p, p), -1),
+    "stack": lambda s, p: torch.stack([p, p]),
+    "matmul": lambda s, p: p @ p,
+    "maximum": lambda s, p: torch.maximum(p, p),
+}
+SIGNED = {
+    "nothing": lambda s, p: s,
+    "gelu": lambda s, p: TF.gelu(p),
+    "tanh": lambda s, p: p.tanh(),
+    "neg": lambda s, p: -p,
+    "layer_norm": lambda s, p: TF.layer_norm(p, (4,)),
+    "leaky_relu": lambda s, p: TF.leaky_relu(p),
+    "log": lambda s, p: p.log(),
+    "p + s": lambda s, p: p + s,
+    "s + p": lambda s, p: s + p,
+    "p - p": lambda s, p: p - p,
+    "p - 1": lambda s, p: p - 1,
+    "p + -1": lambda s, p: p + -1,
+    "p * -2": lambda s, p: p * -2,
+    "p * s": lambda s, p: p * s,
+    "p / -3": lambda s, p: p / -3,
+    "add-named": lambda s, p: torch.add(p, other=s),
+    "add-both-named": lambda s, p: torch.add(input=p, other=s),
+    "add-alpha": lambda s, p: torch.add(p, p, alpha=-1),
+    "add_": lambda s, p: p.add_(s),
+    "cat": lambda s, p: torch.cat([p, s, p], 1),
+    "cat-named": lambda s, p: torch.cat(tensors=[p, s]),
+    "stack": lambda s, p: torch.stack([s, p]),
+    "matmul": lambda s, p: p @ s,
+    "bmm-named": lambda s, p: torch.bmm(p, mat2=s),
+    "clamp": lambda s, p: s.clamp(-1, 1),
+    "clamp-max": lambda s, p: s.clamp(max=6),
+    "clamp-below-0": lambda s, p: p.clamp(max=-1),
+    "clamp_min": lambda s, p: s.clamp_min(-0.5),
+    "flatten": lambda s, p: torch.flatten(s, 1),
+    "max_pool": lambda s, p: TF.max_pool2d(s, 2),
+    "user-function": lambda s, p: user_function(p),
+    "sin": lambda s, p: p.sin(),
+    "cumsum-of-signed": lambda s, p: s.cumsum(1),
+    "interpolate": lambda s, p: TF.interpolate(p, scale_factor=2, mode="bicubic"),
+}
+
+
+@fx.wrap
+def user_function(x):
+    return x - 1
+
+
+def user_relu(x):
+    return x - 1
+
+
+user_relu.__name__ = user_relu.__qualname__ = "relu"
+
+
+@pytest.mark.parametrize("between", NON_NEGATIVE.values(), ids=NON_NEGATIVE)
+def test_functions_whose_value_is_never_negative(between):
+    assert not is_signed(lambda net, signed, positive: between(signed, positive))
+
+
+@pytest.mark.parametrize("between", SIGNED.values(), ids=SIGNED)
+def test_functions_whose_value_may_be_negative(between):
+    assert is_signed(lambda net, signed, positive: between(signed, positive))
+
+
+def test_only_functions_of_torch_are_known_by_name():
+    graph = fx.Graph()
+    y = graph.call_function(user_relu, (graph.placeholder("x"),))
+    graph.output(graph.call_module("layer", (y,)))
+    root = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    assert analyze(root, graph)[0].signed_input
+
+
+@pytest.mark.parametrize("change", [
+    lambda p, s: p.add_(s), lambda p, s: p.sub_(1), lambda p, s: p.mul_(-1), lambda p, s: p.div_(-1),
+    lambda p, s: p.copy_(s),
+    lambda p, s: p.neg_(), lambda p, s: p.clamp_(-3, -1),
+], ids=["add_", "sub_", "mul_", "div_", "copy_", "neg_", "clamp_"])  # fmt: skip
+def test_a_change_in_place_is_seen_by_later_readers(change):
+    def between(net, signed, positive):
+        change(positive, signed)
+        return positive
+
+    assert is_signed(between)
+
+
+@pytest.mark.parametrize("change, operand, signed", [
+    (operator.iadd, 1, False), (operator.iadd, -1, True), (operator.isub, 1, True), (operator.imul, 2, False),
+    (operator.imul, -2, True), (operator.itruediv, -2, True),
+])  # fmt: skip
+def test_a_change_by_an_operator_is_seen_by_later_readers(change, operand, signed):
+    graph = fx.Graph()  # symbolic tracing makes x + 1 of x += 1
+    y = graph.call_function(torch.relu, (graph.placeholder("x"),))
+    graph.call_function(change, (y, operand))
+    graph.output(graph.call_module("layer", (y,)))
+    assert analyze(nn.ModuleDict({"layer": nn.Linear(2, 2)}), graph)[0].signed_input is signed
+
+
+def test_a_change_in_place_that_keeps_the_sign_changes_nothing():
+    def between(net, signed, positive):
+        positive.add_(positive)
+        positive.mul_(2)
+        return positive
+
+    assert not is_signed(between)
+
+
+def test_the_input_of_the_model_is_signed():
+    assert facts_of(nn.Sequential(nn.Linear(2, 2)))["0"].signed_input
+
+
+def test_the_input_passed_by_name_has_its_sign():
+    class Named(Net):
+        def forward(self, x):
+            return self.last(input=torch.relu(self.first(input=x)))
+
+    facts = facts_of(Named())
+    assert facts["first"].signed_input and not facts["last"].signed_input
+
+
+class Twice(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.layer, self.bn, self.after = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), after
+
+    def forward(self, x):
+        return self.after(self, self.layer(torch.relu(x)))
+
+
+@pytest.mark.parametrize("after, signed", [
+    (lambda net, y: net.layer(torch.relu(y)), False), (lambda net, y: net.layer(y), True),
+], ids=["both-non-negative", "one-signed"])  # fmt: skip
+def test_a_module_called_twice_is_one_layer(after, signed):
+    facts = facts_of(Twice(after))
+    assert list(facts) == ["layer"]
+    assert facts["layer"].signed_input is signed
+    assert facts["layer"].is_first and facts["layer"].is_last
+
+
+@pytest.mark.parametrize("after, expected", [
+    (lambda net, y: net.bn(net.layer(net.bn(y))), True), (lambda net, y: net.layer(net.bn(y)), False),
+    (lambda net, y: net.bn(y), True), (lambda net, y: net.bn(y) + y, False),
+    (lambda net, y: net.bn(torch.relu(y)), False),
+    (lambda net, y: y, False),
+], ids=["both", "one-of-two", "once", "other-consumer", "not-directly", "none"])  # fmt: skip
+def test_batch_norm_as_the_only_consumer(after, expected):
+    assert facts_of(Twice(after))["layer"].feeds_batch_norm is expected
+
+
+@pytest.mark.parametrize("batch_norm, expected", [
+    (nn.BatchNorm1d(2), True), (nn.SyncBatchNorm(2), True), (nn.LayerNorm(2), False),
+    (nn.InstanceNorm1d(2), False),
+], ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "")  # fmt: skip
+def test_which_norms_are_batch_norms(batch_norm, expected):
+    assert facts_of(nn.Sequential(nn.Linear(2, 2), batch_norm))["0"].feeds_batch_norm is expected
+
+
+def ends(model):
+    facts = facts_of(model).values()
+    return {f.name for f in facts if f.is_first}, {f.name for f in facts if f.is_last}
+
+
+def test_first_and_last_of_a_chain():
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4),
+        nn.Softmax(1))
+    assert ends(chain) == ({"1"}, {"4"})
+
+
+def test_a_single_layer_is_first_and_last():
+    assert ends(nn.Sequential(nn.Linear(2, 2))) == ({"0"}, {"0"})
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("stem", "left", "right", "shortcut", "head_a", "head_b", "middle"):
+            self.add_module(name, nn.Linear(2, 2))
+
+    def forward(self, x, y):
+        stem = self.stem(x)
+        merged = self.left(stem) + self.right(y) + self.shortcut(x)
+        return self.head_a(merged), torch.relu(self.head_b(self.middle(merged)))
+
+
+def test_first_and_last_of_branches():
+    assert ends(Branches()) == ({"stem", "right", "shortcut"}, {"head_a", "head_b"})
+
+
+def test_layers_come_in_order_of_execution():
+    assert list(facts_of(Branches())) == ["stem", "left", "right", "shortcut", "head_a", "middle", "head_b"]
+
+
+# What cannot be quantized.
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class Functional(nn.Module):
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize("function, name", [
+    (TF.linear, "linear"), (TF.conv1d, "conv1d"), (TF.conv2d, "conv2d"), (torch.conv2d, "conv2d"),
+    (TF.conv3d, "conv3d"),
+    (TF.conv_transpose2d, "conv_transpose2d"),
+], ids=["linear", "conv1d", "conv2d", "torch.conv2d", "conv3d", "conv_transpose2d"])  # fmt: skip
+def test_functional_layers_are_reported(function, name):
+    facts = facts_of(nn.Sequential(nn.Linear(2, 2), Functional(function, 2, 2)))
+    assert facts[name].type == f"F.{name}" and facts[name].is_last
+    assert facts[name].obstacle == "a functional call; use the module instead"
+    assert facts["0"].obstacle is None and not facts["0"].is_last
+
+
+def test_a_functional_call_and_a_module_of_the_same_name_are_two_layers():
+    class Both(Functional):
+        def __init__(self):
+            super().__init__(TF.linear, 2, 2)
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(super().forward(x))
+
+    model = Both()
+    facts = analyze(model, fx.symbolic_trace(model).graph)
+    assert [(f.name, f.type, f.obstacle is None) for f in facts] == [("linear", "F.linear", False),
+        ("linear", "Linear", True)]
+
+
+@pytest.mark.parametrize("layer, obstacle", [
+    (nn.ConvTranspose2d(2, 2, 1), "ConvTranspose2d is not one of Conv1d, Conv2d, Conv3d, Linear"),
+    (nn.LazyLinear(2), "LazyLinear is not one of Conv1d, Conv2d, Conv3d, Linear"),
+    (nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
+     "ParametrizedLinear is not one of Conv1d, Conv2d, Conv3d, Linear"),
+    (prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5), "its weight is not a parameter of its own"),
+    (nn.utils.spectral_norm(nn.Linear(2, 2)), "its weight is not a parameter of its own"),
+    (nn.Linear(2, 2), None),
+], ids=["transposed", "lazy", "parametrized", "pruned", "spectral_norm", "none"])  # fmt: skip
+def test_obstacles_of_modules(layer, obstacle):
+    assert facts_of(nn.Sequential(layer))["0"].obstacle == obstacle
+
+
+class Leaves(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, MyLinear) or super().is_leaf_module(module, name)
+
+
+def test_a_subclass_that_is_kept_whole_is_an_obstacle():
+    model = nn.Sequential(MyLinear(2, 2))
+    (facts,) = analyze(model, Leaves().trace(model))
+    assert facts.type == "MyLinear"
+    assert facts.obstacle == "MyLinear is not one of Conv1d, Conv2d, Conv3d, Linear"
+
+
+def test_a_subclass_that_is_traced_through_is_a_functional_call():
+    facts = facts_of(nn.Sequential(MyLinear(2, 2)))
+    assert facts["linear"].obstacle == "a functional call; use the module instead"
+    assert facts["0"].type == "MyLinear"
+    assert facts["0"].obstacle == "never called; its weight is passed to linear"
+
+
+def test_layers_inside_a_module_that_tracing_keeps_whole():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    facts = facts_of(nn.Sequential(nn.Linear(4, 4), Attention()))
+    assert list(facts) == ["0", "1.attention.out_proj"]
+    hidden = facts["1.attention.out_proj"]
+    assert hidden.obstacle == "inside 1.attention (MultiheadAttention), which tracing keeps whole"
+    assert hidden.signed_input and not hidden.is_first and not hidden.is_last and not hidden.feeds_batch_norm
+
+
+def test_a_layer_that_is_never_called():
+    model = Net(lambda net, signed, positive: positive, auxiliary=nn.Linear(2, 2))
+    facts = facts_of(model)
+    assert list(facts) == ["first", "last", "auxiliary"]
+    assert facts["auxiliary"].obstacle == "never called by the model's forward"
+
+
+def test_a_model_without_layers_has_no_facts():
+    assert facts_of(nn.Sequential(nn.ReLU())) == {}

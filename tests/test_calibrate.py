@@ -1,0 +1,266 @@
+import math
+
+import pytest
+import torch
+from helpers import LEVEL_SETS, encoding, level_set_id
+from torch import nn
+
+from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, quantize
+from apotfx import functional as F
+from apotfx.calibrate import SAMPLES, _sample, fit_clip
+from apotfx.layers import QuantLayer
+
+PER_TENSOR = torch.Size([])
+GENERATOR = torch.Generator().manual_seed(0)
+DISTRIBUTIONS = {
+    "normal": torch.randn(5000, generator=GENERATOR),
+    "half-normal": torch.randn(5000, generator=GENERATOR).relu(),
+    "uniform": 2 * torch.rand(5000, generator=GENERATOR) - 1,
+    "laplace": torch.empty(5000).exponential_(generator=GENERATOR) * torch.randn(5000,
+        generator=GENERATOR).sign(),
+    "with-outlier": torch.cat([torch.randn(5000, generator=GENERATOR), torch.tensor([30.0])]),
+    "tiny": torch.randn(5000, generator=GENERATOR) * 1e-6,
+}
+
+
+def error(x, clip, levels):
+    """Mean squared error per clip of the column `clip`."""
+    return (F.fake_quantize(x.expand(len(clip), -1), clip, encoding(levels)) - x).square().mean(1)
+
+
+@pytest.mark.parametrize("x", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+@pytest.mark.parametrize("levels", LEVEL_SETS, ids=level_set_id)
+def test_no_clip_is_much_better_than_the_fitted_one(x, levels):
+    """The clips tried are in the end 1/48 octave apart, so one lies within 0.73% of the best clip.
+
+    There the error is flat as long as steps are wider than that; with more bits it has many local minima.
+    """
+    largest = x.abs().max() if levels.signed else x.max()
+    dense = (largest * torch.logspace(-8, 2, 900, base=2)).unsqueeze(1)
+    fitted = fit_clip(x, levels, PER_TENSOR).reshape(1, 1)
+    assert error(x, fitted, levels) <= (1.01 if levels.bits <= 5 else 1.1) * error(x, dense, levels).min()
+
+
+@pytest.mark.parametrize("levels", LEVEL_SETS, ids=level_set_id)
+def test_values_that_are_representable_are_fitted_exactly(levels):
+    x = torch.tensor(levels.ints, dtype=torch.float32) * 0.25
+    assert fit_clip(x, levels, PER_TENSOR) == 0.25 * levels.max
+
+
+@pytest.mark.parametrize("levels", [LevelSet("apot", 4), LevelSet("apot", 4, False)], ids=level_set_id)
+def test_values_with_nothing_to_represent_give_1(levels):
+    assert fit_clip(torch.zeros(10), levels, PER_TENSOR) == 1
+    assert fit_clip(torch.zeros(3, 10), levels, torch.Size([3, 1])).tolist() == [[1], [1], [1]]
+    if not levels.signed:
+        assert fit_clip(-torch.rand(10), levels, PER_TENSOR) == 1
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_a_clip_per_channel_is_that_of_every_channel(signed):
+    levels = LevelSet("apot", 4, signed)
+    w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3,
+        5).reshape(5, 1, 1, 1)
+    w[2] = 0
+    clip = fit_clip(w, levels, torch.Size([5, 1, 1, 1]))
+    assert clip.shape == (5, 1, 1, 1)
+    assert clip.flatten().tolist() == [fit_clip(row, levels, PER_TENSOR).item() for row in w]
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_the_clip_scales_with_the_values(scale):
+    x = DISTRIBUTIONS["normal"]
+    expected = scale * fit_clip(x, LevelSet("apot", 4), PER_TENSOR)
+    assert fit_clip(x * scale, LevelSet("apot", 4), PER_TENSOR) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_fitted_in_float32(dtype):
+    x = DISTRIBUTIONS["normal"].to(dtype).requires_grad_()
+    clip = fit_clip(x, LevelSet("apot", 4), PER_TENSOR)
+    assert clip.dtype == torch.float32 and not clip.requires_grad
+    assert torch.equal(clip, fit_clip(x.float(), LevelSet("apot", 4), PER_TENSOR))
+
+
+@pytest.mark.parametrize("shape",
+    [(10,), (SAMPLES,), (SAMPLES + 1,), (128, 16, 32, 32), (128, 3, 32, 32), (2, 3, 224, 224)],
+                         ids=str)  # fmt: skip
+def test_a_sample_prefers_no_place(shape):
+    column = torch.arange(shape[-1]).expand(shape)
+    sample = _sample(column)
+    assert min(SAMPLES // 2, column.numel()) <= len(sample) <= SAMPLES
+    assert len(sample) == column.numel() or column.numel() > SAMPLES
+    counts = sample.bincount(minlength=shape[-1])
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_sample_is_a_copy():
+    x = torch.zeros(4)
+    _sample(x).add_(1)
+    assert not x.any()
+
+
+# Calibration of a model.
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+
+
+def quantized(**rule):
+    return quantize(model(), BitPolicy((Rule(**rule),)))
+
+
+def batches(n=2):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 1, 8, 8, generator=generator) for _ in range(n)]
+
+
+def state(qmodel):
+    return {name: tensor.clone() for name, tensor in qmodel.state_dict().items()}
+
+
+def quant_layers(qmodel):
+    return [module for module in qmodel.modules() if isinstance(module, QuantLayer)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_only_clips_change(training):
+    qmodel = quantized(granularity="channel").train(training)
+    before, modes = state(qmodel), [module.training for module in qmodel.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in qmodel.modules()]
+    layers = [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)]
+    assert calibrate(qmodel, batches()) is qmodel
+    after = qmodel.state_dict()
+    assert list(after) == list(before)
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.endswith(("clip", "calibrated"))}
+    assert [module.training for module in qmodel.modules()] == modes
+    assert [len(module._forward_pre_hooks) for module in qmodel.modules()] == hooks
+    assert [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)] == layers
+    assert all(parameter.grad is None for parameter in qmodel.parameters())
+    assert not any(quantizer.needs_clip for pair in layers for quantizer in pair)
+
+
+def inputs_of(qmodel, data):
+    """The inputs of every quantized layer, all batches together."""
+    inputs = {layer: [] for layer in quant_layers(qmodel)}
+    for layer, kept in inputs.items():
+        layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach().clone()))
+    for x in data:
+        qmodel(x)
+    return [torch.cat(kept) for kept in inputs.values()]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_clips_fit_the_weights_and_the_inputs_that_float_inputs_lead_to(training):
+    """In training mode batch norms use the batch."""
+    qmodel, weights_only = (quantized(activation_bits=bits).train(training) for bits in (4, 32))
+    for module in (*qmodel.modules(), *weights_only.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    data = batches(3)
+    calibrate(qmodel, iter(data))
+    for layer, x in zip(quant_layers(qmodel), inputs_of(calibrate(weights_only, []), data), strict=True):
+        assert torch.equal(layer.input_quantizer.clip, fit_clip(x, layer.input_quantizer.levels, PER_TENSOR))
+        weight, _ = layer.normalized_weight()
+        assert torch.equal(layer.weight_quantizer.clip,
+            fit_clip(weight, layer.weight_quantizer.levels, PER_TENSOR))
+
+
+def test_calibration_does_not_depend_on_the_clips_before():
+    once, twice = quantized().eval(), quantized().eval()
+    calibrate(once, batches())
+    calibrate(calibrate(twice, [10 * x for x in batches()]), batches())
+    assert all(torch.equal(a, b) for a, b in zip(state(once).values(), state(twice).values(), strict=True))
+
+
+def test_a_calibrated_model_keeps_its_clips_in_training():
+    qmodel = calibrate(quantized(), batches())
+    before = [parameter.clone() for name, parameter in qmodel.named_parameters() if name.endswith("clip")]
+    qmodel(100 * batches()[0])
+    after = [parameter for name, parameter in qmodel.named_parameters() if name.endswith("clip")]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 32}, {"activation_bits": 32}],
+    ids=["input-only", "weight-only"])
+def test_operands_that_stay_float_need_no_clip(bits):
+    qmodel = calibrate(quantized(**bits), batches())
+    clips = [name for name in qmodel.state_dict() if name.endswith("clip")]
+    assert len(clips) == 3 and all(qmodel.state_dict()[name.replace("clip", "calibrated")] for name in clips)
+
+
+def test_weights_only_need_no_batch():
+    calibrate(quantized(activation_bits=32), [])
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_several_inputs(container):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    qmodel = quantize(Sum(), BitPolicy((Rule(),)))
+    x, y = torch.randn(8, 2, generator=GENERATOR), 100 * torch.randn(8, 2, generator=GENERATOR)
+    calibrate(qmodel, [container([x, y])])
+    assert torch.equal(qmodel.a.input_quantizer.clip, fit_clip(x, LevelSet("apot", 4), PER_TENSOR))
+    assert torch.equal(qmodel.b.input_quantizer.clip, fit_clip(y, LevelSet("apot", 4), PER_TENSOR))
+
+
+def test_method_paper_keeps_the_constants_and_reads_no_batch():
+    qmodel = quantized(normalization="none")
+    before = state(qmodel)
+    assert calibrate(qmodel, None, method="paper") is qmodel
+    for layer in quant_layers(qmodel):
+        assert layer.input_quantizer.clip == 8 and layer.weight_quantizer.clip == 3 * layer.weight.std()
+        assert layer.input_quantizer.calibrated and not layer.weight_quantizer.needs_clip
+    changed = {name for name, tensor in qmodel.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.endswith("calibrated")}
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ApotfxError, match="calibration method 'max': unknown; choose one of mse, paper"):
+        calibrate(quantized(), batches(), method="max")
+
+
+@pytest.mark.parametrize("net", [model(), quantize(model(), BitPolicy.default(32))],
+    ids=["float", "all-float-policy"])
+def test_a_model_without_quantized_layers_is_refused(net):
+    with pytest.raises(ApotfxError,
+        match="calibrate: the model has no quantized layer; pass what apotfx.quantize returned"):
+        calibrate(net, batches())
+
+
+def test_no_batch_is_refused():
+    with pytest.raises(ApotfxError, match="layer 0: calibration never reached it; pass at least one batch"):
+        calibrate(quantized(), [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    data = batches()
+    data[1][0, 0, 0, 0] = value
+    with pytest.raises(ApotfxError,
+        match="layer 0: its input during calibration is not finite; check the batches and weights"):
+        calibrate(quantized().eval(), data)
+
+
+def test_a_batch_that_fails_leaves_the_model_usable():
+    qmodel = quantized()
+    layers = [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)]
+    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers() if "calibrated" not in name}
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        calibrate(qmodel, [batches()[0], torch.randn(4, 1, 9, 9)])
+    assert [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)] == layers
+    assert not any(layer._forward_pre_hooks for layer in quant_layers(qmodel))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers() if name in before)
+    calibrate(qmodel, batches())

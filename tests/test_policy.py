@@ -1,0 +1,322 @@
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from apotfx import ApotfxError, BitPolicy, LevelSet, Rule
+from apotfx.analysis import LayerFacts
+from apotfx.policy import resolve
+
+
+def layer(name="conv", type="Conv2d", signed_input=False, is_first=False, is_last=False, obstacle=None):
+    return LayerFacts(name, type, signed_input, is_first, is_last, False, obstacle)
+
+
+LAYERS = [
+    layer("conv1", is_first=True, signed_input=True), layer("layer1.0.conv1"), layer("layer1.0.conv2"),
+    layer("layer2.0.conv1", signed_input=True), layer("fc", "Linear", is_last=True),
+]  # fmt: skip
+
+
+def decided(policy, layers=LAYERS):
+    """The rule of every layer by its number, 0 for none."""
+    return [policy.rules.index(row.rule) + 1 if row.rule else 0 for row in resolve(policy, layers).layers]
+
+
+# Rules.
+
+
+WRONG_RULES = [
+    ({"name": 5}, "rule: name 5 is not a str; quote it"),
+    ({"name": None}, "rule: name None is not a str"),
+    ({"type": 5}, "rule: type 5 is not a str; quote it"),
+    ({"position": "middle"}, "rule position=middle: position 'middle' is unknown; choose one of first, last"),
+    ({"position": 1}, "position 1 is unknown"),
+    ({"position": ["first"]}, r"position \['first'\] is unknown"),
+    ({"scheme": "apod"}, "scheme 'apod' is unknown; choose one of apot, pot, uniform, float"),
+    ({"scheme": None}, "scheme None is unknown"),
+    ({"name": "fc", "weight_bits": 1},
+     "rule name=fc: weight_bits 1 is out of range; use 2 to 8, or 32 for float"),
+    ({"type": "Linear", "activation_bits": 9}, "rule type=Linear: activation_bits 9 is out of range"),
+    ({"weight_bits": 16}, "weight_bits 16 is out of range"),
+    ({"weight_bits": 4.0}, "weight_bits 4.0 is out of range"),
+    ({"weight_bits": "4"}, "weight_bits '4' is out of range"),
+    ({"activation_bits": True}, "activation_bits True is out of range"),
+    ({"activation_bits": None}, "activation_bits None is out of range"),
+    ({"granularity": "row"}, "granularity 'row' is unknown; choose one of tensor, channel"),
+    ({"normalization": "norm"}, "normalization 'norm' is unknown; choose one of none, standardize, rescale"),
+    ({"clip_grad_factor": -0.1}, "clip_grad_factor -0.1 is not a number of at least 0"),
+    ({"clip_grad_factor": "1e-2"}, "clip_grad_factor '1e-2' is not a number"),
+    ({"clip_grad_factor": float("nan")}, "clip_grad_factor nan is not a number"),
+    ({"clip_grad_factor": float("inf")}, "clip_grad_factor inf is not a number"),
+    ({"clip_grad_factor": True}, "clip_grad_factor True is not a number"),
+]
+WRONG_IDS = ["-".join(f"{key}={value}" for key, value in rule.items()) for rule, _ in WRONG_RULES]
+
+
+@pytest.mark.parametrize("rule, message", WRONG_RULES, ids=WRONG_IDS)
+def test_a_wrong_value_is_refused(rule, message):
+    with pytest.raises(ApotfxError, match=message):
+        Rule(**rule)
+    with pytest.raises(ApotfxError, match=f"policy: rule 2: .*{message}"):
+        BitPolicy.from_dict({"rules": [{}, rule]})
+
+
+@pytest.mark.parametrize("bits", [2, 8, 32])
+def test_bits_at_their_limits(bits):
+    assert Rule(weight_bits=bits, activation_bits=bits).weight_bits == bits
+
+
+@pytest.mark.parametrize("rule, names", [
+    (Rule(), "conv1 layer1.0.conv1 layer1.0.conv2 layer2.0.conv1 fc"), (Rule(name="conv1"), "conv1"),
+    (Rule(name="conv"), ""),
+    (Rule(name="*conv1"), "conv1 layer1.0.conv1 layer2.0.conv1"),
+    (Rule(name="layer?.0.conv1"), "layer1.0.conv1 layer2.0.conv1"),
+    (Rule(name="layer[!1].*"), "layer2.0.conv1"), (Rule(name="Layer*"), ""), (Rule(type="Linear"), "fc"),
+    (Rule(type="linear"), ""),
+    (Rule(position="first"), "conv1"), (Rule(position="last"), "fc"),
+    (Rule(type="Conv2d", position="last"), ""),
+    (Rule(name="layer1*", type="Conv2d"), "layer1.0.conv1 layer1.0.conv2"),
+], ids=str)  # fmt: skip
+def test_what_a_rule_matches(rule, names):
+    assert [facts.name for facts in LAYERS if rule.matches(facts)] == names.split()
+
+
+@pytest.mark.parametrize("rule, text", [
+    (Rule(), "rule *"), (Rule(name="fc"), "rule name=fc"),
+    (Rule(type="Linear", position="last"), "rule type=Linear position=last"),
+])  # fmt: skip
+def test_a_rule_is_named_by_what_it_matches(rule, text):
+    assert str(rule) == text
+
+
+# Resolution.
+
+
+def test_the_first_match_wins():
+    rules = Rule(name="layer1.*"), Rule(type="Conv2d"), Rule()
+    assert decided(BitPolicy(rules)) == [2, 1, 1, 2, 3]
+    assert decided(BitPolicy(rules[::-1])) == [1, 1, 1, 1, 1]
+
+
+def test_a_layer_that_no_rule_matches_stays_float():
+    plan = resolve(BitPolicy((Rule(type="Linear"),)), LAYERS)
+    assert [row.quantized for row in plan.layers] == [False] * 4 + [True]
+    assert plan.layers[0].reason == "float: no rule matches"
+
+
+@pytest.mark.parametrize("bits, expected", [
+    ((4, 4), ("apot 4", "apot 4")), ((32, 4), (None, "apot 4")), ((4, 32), ("apot 4", None)),
+    ((32, 32), (None, None)),
+])  # fmt: skip
+def test_32_bits_are_float(bits, expected):
+    plan = resolve(BitPolicy((Rule(weight_bits=bits[0], activation_bits=bits[1]),)), LAYERS)
+    for row in plan.layers:
+        assert tuple(q and f"{q.scheme} {q.bits}" for q in (row.weight, row.input)) == expected
+        assert row.quantized is any(expected)
+
+
+def test_scheme_float_is_float():
+    plan = resolve(BitPolicy((Rule(scheme="float"),)), LAYERS)
+    assert not any(row.quantized for row in plan.layers) and plan.layers[0].reason == "rule *"
+
+
+def test_weights_are_signed_and_inputs_as_the_graph_says():
+    plan = resolve(BitPolicy((Rule(weight_bits=3, activation_bits=5),)), LAYERS)
+    assert {row.weight for row in plan.layers} == {LevelSet("apot", 3)}
+    assert [row.input for row in plan.layers] == [LevelSet("apot", 5, signed) for signed in (True, False,
+        False, True, False)]
+
+
+def test_an_obstacle_wins_over_every_rule():
+    plan = resolve(BitPolicy((Rule(),)), [layer("a", obstacle="too odd"), layer("b")])
+    odd = plan.layers[0]
+    assert odd.reason == "float: too odd" and odd.rule is None and not odd.quantized
+    assert plan.layers[1].quantized
+
+
+@pytest.mark.parametrize("rule, message", [
+    (Rule(name="layer9.*"),
+     r"policy: rule 2 \(rule name=layer9.\*\) matches no layer; the layers are conv1, layer1.0.conv1"),
+    (Rule(type="Conv3d"), r"policy: rule 2 \(rule type=Conv3d\) matches no layer"),
+    (Rule(name="conv1", position="last"), r"rule 2 \(rule name=conv1 position=last\) matches no layer"),
+], ids=str)  # fmt: skip
+def test_a_rule_that_matches_nothing_is_an_error(rule, message):
+    with pytest.raises(ApotfxError, match=message):
+        resolve(BitPolicy((Rule(name="conv1"), rule)), LAYERS)
+
+
+def test_a_rule_that_others_outdo_is_no_error():
+    assert decided(BitPolicy((Rule(), Rule(name="fc")))) == [1] * 5
+
+
+@pytest.mark.parametrize("rule, message", [
+    (Rule(scheme="pot", weight_bits=6),
+     r"layer conv1 \(rule \*\): pot at 6 bits signed: its largest level 2\^30"),
+    (Rule(scheme="pot", activation_bits=5), r"layer layer1.0.conv1 \(rule \*\): pot at 5 bits unsigned"),
+], ids=["weight", "input"])  # fmt: skip
+def test_pot_that_is_too_wide_names_the_layer(rule, message):
+    with pytest.raises(ApotfxError, match=message):
+        resolve(BitPolicy((rule,)), LAYERS)
+
+
+# Policies.
+
+
+@pytest.mark.parametrize("rules, got", [
+    ((), r"\(\)"), ([], r"\[\]"), (Rule(), "Rule"), (({"name": "fc"},), ".*'name': 'fc'"), ("apot", "'apot'"),
+    (None, "None"),
+], ids=["empty-tuple", "empty-list", "one-rule", "dicts", "string", "none"])  # fmt: skip
+def test_a_policy_is_a_sequence_of_rules(rules, got):
+    with pytest.raises(ApotfxError, match=f"policy: expected one Rule or more in a sequence, got {got}"):
+        BitPolicy(rules)
+
+
+def test_rules_are_kept_as_a_tuple():
+    assert BitPolicy(Rule() for _ in range(2)) == BitPolicy((Rule(), Rule()))
+    assert BitPolicy([Rule()]) == BitPolicy((Rule(),)) and hash(BitPolicy([Rule()]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("scheme", ["apot", "uniform"])
+def test_the_default_policy(bits, scheme):
+    end = {"scheme": "uniform", "weight_bits": 8, "activation_bits": 8}
+    assert BitPolicy.default(bits, scheme).rules == (
+        Rule(position="first", **end), Rule(position="last", **end),
+        Rule(scheme=scheme, weight_bits=bits, activation_bits=bits),
+    )  # fmt: skip
+    assert BitPolicy.default() == BitPolicy.default(4, "apot")
+    assert {rule.normalization for rule in BitPolicy.default().rules} == {"rescale"}
+
+
+def test_the_default_policy_at_32_bits_is_float():
+    assert BitPolicy.default(32).rules == (Rule(scheme="float"),)
+
+
+def test_the_published_policy():
+    end = {"scheme": "uniform", "weight_bits": 8, "activation_bits": 32, "normalization": "none"}
+    assert BitPolicy.published(3, "pot").rules == (
+        Rule(position="first", **end), Rule(position="last", **end),
+        Rule(scheme="pot", weight_bits=3, activation_bits=3, normalization="standardize"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [BitPolicy.default, BitPolicy.published])
+def test_the_ready_made_policies_refuse_what_a_rule_refuses(make):
+    with pytest.raises(ApotfxError, match="weight_bits 9 is out of range"):
+        make(9)
+    with pytest.raises(ApotfxError, match="scheme 'apod' is unknown"):
+        make(4, "apod")
+
+
+POLICIES = {
+    "default": BitPolicy.default(3), "published": BitPolicy.published(), "float": BitPolicy.default(32),
+    "every-key": BitPolicy((
+        Rule("layer1.*", "Conv2d", "first", "pot", 3, 4, "channel", "none", 0.01),
+        Rule(name="ü[!x]*: #", clip_grad_factor=2),
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_round_trips(policy, tmp_path):
+    assert BitPolicy.from_dict(policy.to_dict()) == policy
+    policy.to_yaml(tmp_path / "policy.yaml")
+    assert BitPolicy.from_yaml(tmp_path / "policy.yaml") == policy
+    assert BitPolicy.from_yaml(str(tmp_path / "policy.yaml")) == policy
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.yaml"]
+
+
+def test_to_dict_names_every_field():
+    names = {field.name for field in dataclasses.fields(Rule)}
+    assert all(set(rule) == names for rule in BitPolicy.default().to_dict()["rules"])
+
+
+@pytest.mark.parametrize("content, expected", [
+    ({"bits": 3}, Rule(weight_bits=3, activation_bits=3)),
+    ({"bits": 3, "activation_bits": 8}, Rule(weight_bits=3, activation_bits=8)),
+    ({"weight_bits": 2, "bits": 5, "name": "fc"}, Rule(name="fc", weight_bits=2, activation_bits=5)),
+    ({}, Rule()),
+], ids=str)  # fmt: skip
+def test_bits_is_short_for_both(content, expected):
+    before = dict(content)
+    assert BitPolicy.from_dict({"rules": [content]}).rules == (expected,)
+    assert content == before
+
+
+WRONG = {
+    "not-a-dict": ([], "expected one key `rules` with a list of rules, got \\[\\]"),
+    "nothing": (None, "expected one key `rules` with a list of rules, got None"),
+    "other-key": ({"rules": [{}], "version": 1}, "expected one key `rules`"),
+    "no-list": ({"rules": {"name": "fc"}}, "expected one key `rules` with a list"),
+    "no-rules": ({"rules": []}, "expected one key `rules` with a list of rules, got {'rules': \\[\\]}"),
+    "rule-not-a-dict": ({"rules": [{}, "fc"]}, "rule 2: expected keys and values, got 'fc'"),
+    "unknown-key": ({"rules": [{}, {"nam": "fc"}]},
+        "rule 2: unknown key 'nam'; the keys are bits, name, type, position, scheme"),
+    "key-not-a-string": ({"rules": [{4: 4}]}, "rule 1: unknown key 4"),
+    "bad-value": ({"rules": [{"bits": 1}]}, "rule 1: rule \\*: weight_bits 1 is out of range"),
+}
+
+
+@pytest.mark.parametrize("content, message", WRONG.values(), ids=WRONG)
+def test_wrong_content_is_refused(content, message, tmp_path):
+    with pytest.raises(ApotfxError, match=f"policy: {message}"):
+        BitPolicy.from_dict(content)
+    path = tmp_path / "policy.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ApotfxError, match=f"policy file {re.escape(str(path))}: {message}"):
+        BitPolicy.from_yaml(path)
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"rules: [", "not YAML"), (b"rules: *x", "not YAML"), (b"\xff\xfe\x00", "not YAML"),
+    (b"!!python/object:os.system {}", "not YAML"),
+    (b"", "expected one key `rules`"),
+], ids=["syntax", "alias", "encoding", "object", "empty"])  # fmt: skip
+def test_a_file_that_is_no_policy_is_refused(data, message, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ApotfxError, match=f"policy file {re.escape(str(path))}: {message}") as error:
+        BitPolicy.from_yaml(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ApotfxError,
+        match=r"absent.yaml: cannot be read \(No such file or directory\); check the path"):
+        BitPolicy.from_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(ApotfxError, match=r"cannot be read \(Is a directory\)"):
+        BitPolicy.from_yaml(tmp_path)
+
+
+# Plans.
+
+
+def test_the_text_of_a_plan():
+    policy = BitPolicy((
+        Rule(position="first", scheme="uniform", weight_bits=8, activation_bits=32, normalization="none"),
+        Rule(name="layer1.*", scheme="pot", weight_bits=3, activation_bits=4, granularity="channel"),
+        Rule(type="Linear", weight_bits=32),
+    ))  # fmt: skip
+    plan = resolve(policy, [*LAYERS, layer("up", "ConvTranspose2d", obstacle="too odd")])
+    on_layer1 = ("Conv2d", "3-bit pot", "4-bit pot", "unsigned", "channel", "rescale", "rule name=layer1.*")
+    rows = [
+        ("conv1", "Conv2d", "8-bit uniform", "float", "signed", "tensor", "none", "rule position=first"),
+        ("layer1.0.conv1", *on_layer1),
+        ("layer1.0.conv2", *on_layer1),
+        ("layer2.0.conv1", "Conv2d", "float", "float", "signed", "-", "-", "float: no rule matches"),
+        ("fc", "Linear", "float", "4-bit apot", "unsigned", "-", "-", "rule type=Linear"),
+        ("up", "ConvTranspose2d", "float", "float", "unsigned", "-", "-", "float: too odd"),
+    ]
+    assert plan.rows() == rows
+    lines = str(plan).splitlines()
+    assert [tuple(re.split(r"\s{2,}", line.strip())) for line in [lines[0], *lines[2:]]] == [plan.HEADERS,
+        *rows]
+
+
+def test_plans_and_policies_are_values():
+    policy = BitPolicy.default()
+    assert resolve(policy, LAYERS) == resolve(BitPolicy.default(), LAYERS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.rules = ()

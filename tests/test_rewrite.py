@@ -1,0 +1,430 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import fx, nn
+
+from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, plan, quantize
+from apotfx.layers import QuantConv2d, QuantLayer, QuantLinear
+from apotfx.rewrite import swap_layers, trace
+
+POLICY = BitPolicy((Rule(),))
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1,
+            bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1,
+            bias=False), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Net(nn.Module):
+    """A small residual network; `share` calls one block twice."""
+
+    def __init__(self, share=False):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.block1 = Block(4)
+        self.block2 = self.block1 if share else Block(4)
+        self.up = nn.ConvTranspose2d(4, 4, 2)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.up(self.block2(self.block1(self.stem(x))))).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def images(dtype=torch.float32):
+    return torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def snapshot(model):
+    """What `quantize` must not change."""
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        {name: (type(module), module.training, sorted(vars(module))) for name,
+            module in model.named_modules()},
+        {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()},
+    )
+
+
+def check_same(before, after):
+    assert before[1:] == after[1:] and before[0].keys() == after[0].keys()
+    assert all(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("do", [quantize, plan])
+def test_the_model_stays_as_it_is(do, training):
+    model = Net().train(training)
+    model.block1.bn1.eval()
+    before = snapshot(model)
+    do(model, POLICY)
+    check_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("do", [quantize, plan])
+def test_what_the_forward_leaves_on_the_model_is_not_left_by_tracing(do):
+    class Marking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.features, self.layer = 0, None, nn.Linear(2, 2)
+
+        def forward(self, x):
+            self.calls += 1
+            self.features = self.layer(x)
+            return self.features
+
+    model = Marking()
+    do(model, POLICY)
+    assert model.calls == 0 and model.features is None
+
+
+def test_the_copy_shares_no_memory():
+    model = Net()
+    qmodel = quantize(model, POLICY)
+    mine = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert not mine & {tensor.data_ptr() for tensor in qmodel.state_dict().values()}
+
+
+def test_layers_are_swapped_as_planned():
+    policy = BitPolicy((
+        Rule(name="block1.*", scheme="uniform", weight_bits=3, activation_bits=5, granularity="channel",
+            normalization="none"),
+        Rule(type="Linear", weight_bits=32, clip_grad_factor=0.1),
+        Rule(name="block2.conv1", activation_bits=32),
+        Rule(name="block2.conv2", scheme="float"), Rule(position="first"),
+    ))  # fmt: skip
+    qmodel = quantize(Net(), policy)
+    conv = qmodel.block1.conv1
+    assert type(conv) is QuantConv2d and type(qmodel.fc) is QuantLinear
+    assert conv.weight_quantizer.levels == LevelSet("uniform", 3) and conv.weight_quantizer.clip.shape == (4,
+        1, 1, 1)
+    assert conv.weight_quantizer.normalization == "none" and conv.clip_grad_factor == 1
+    assert conv.input_quantizer.levels == LevelSet("uniform", 5, False)
+    assert qmodel.fc.weight_quantizer is None and qmodel.fc.clip_grad_factor == 0.1
+    assert qmodel.fc.input_quantizer.levels == LevelSet("apot", 4)  # a transposed convolution comes before it
+    assert qmodel.block2.conv1.input_quantizer is None
+    assert qmodel.block2.conv1.weight_quantizer.levels == LevelSet("apot", 4)
+    assert type(qmodel.block2.conv2) is nn.Conv2d and type(qmodel.up) is nn.ConvTranspose2d
+    stem = qmodel.get_submodule("stem.0")
+    assert stem.input_quantizer.levels == LevelSet("apot",
+        4) and stem.weight_quantizer.normalization == "rescale"
+
+
+def test_names_and_values_are_kept():
+    model = Net()
+    qmodel = quantize(model, POLICY)
+    expected, got = model.state_dict(), qmodel.state_dict()
+    added = {key for key in got if ".weight_quantizer." in key or ".input_quantizer." in key}
+    assert got.keys() - added == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+    quantized = ("stem.0", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "fc")
+    assert added == {f"{name}.{which}_quantizer.{key}" for name in quantized for which in ("weight", "input")
+                     for key in ("clip", "calibrated")}  # fmt: skip
+
+
+def test_plan_is_what_quantize_does():
+    qmodel = quantize(Net(), BitPolicy.default(3))
+    assert plan(Net(), BitPolicy.default(3)) == qmodel.meta["plan"]
+    rows = {row.facts.name: row for row in qmodel.meta["plan"].layers}
+    assert list(rows) == ["stem.0", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "up",
+        "fc"]
+    assert [row.reason for row in rows.values()] == [
+        "rule position=first", *["rule *"] * 4,
+        "float: ConvTranspose2d is not one of Conv1d, Conv2d, Conv3d, Linear",
+        "rule position=last",
+    ]  # fmt: skip
+    assert {name: rows[name].facts.signed_input for name in rows} == {
+        "stem.0": True, "block1.conv1": False, "block1.conv2": False, "block2.conv1": False,
+        "block2.conv2": False,
+        "up": False, "fc": True,
+    }  # fmt: skip
+
+
+def test_meta_survives_a_copy():
+    qmodel = quantize(Net(), POLICY)
+    copied = copy.deepcopy(qmodel)
+    assert copied.meta["plan"] == qmodel.meta["plan"]
+    assert type(copied.fc) is QuantLinear
+    assert torch.equal(copied.eval()(images()), qmodel.eval()(images()))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_modes_are_kept(training):
+    model = Net().train(training)
+    model.block1.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    qmodel = quantize(model, POLICY)
+    for name, module in qmodel.named_modules():
+        if not name.endswith("_quantizer"):
+            assert module.training is modes[name]
+    assert not qmodel.block1.conv1.input_quantizer.training
+
+
+def test_frozen_parameters_stay_frozen():
+    model = Net()
+    model.stem.requires_grad_(False)
+    qmodel = quantize(model, POLICY)
+    frozen = {name for name, parameter in qmodel.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"stem.{name}" for name, _ in model.stem.named_parameters()} | {"stem.0.input_quantizer.clip"}
+
+
+def test_the_clip_of_the_networks_own_input_does_not_learn_unless_asked_to():
+    qmodel = quantize(Net(), POLICY)
+    frozen = {name: parameter for name, parameter in qmodel.named_parameters() if not parameter.requires_grad}
+    assert list(frozen) == ["stem.0.input_quantizer.clip"]
+    frozen["stem.0.input_quantizer.clip"].requires_grad_()
+    qmodel(images()).sum().backward()
+    assert frozen["stem.0.input_quantizer.clip"].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_dtype_is_kept(dtype, training):
+    qmodel = quantize(Net().to(dtype).train(training), POLICY)
+    assert all(p.dtype == dtype for name, p in qmodel.named_parameters() if not name.endswith("clip"))
+    assert qmodel(images(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("normalization", ["none", "rescale"])
+def test_8_bits_keep_the_function_of_a_network(normalization):
+    model = Net().eval()
+    rule = Rule(scheme="uniform", weight_bits=8, activation_bits=8, normalization=normalization)
+    qmodel = calibrate(quantize(model, BitPolicy((rule,))), [images()])
+    with torch.no_grad():
+        expected = model(images())
+        assert (qmodel(images()) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_graph_module_is_quantized_too():
+    model = Net()
+    traced = fx.symbolic_trace(model)
+    before = snapshot(traced)
+    code = traced.code
+    qmodel = quantize(traced, POLICY)
+    check_same(before, snapshot(traced))
+    assert traced.code == code and type(traced.fc) is nn.Linear
+    expected = quantize(model, POLICY)
+    assert qmodel.meta["plan"] == expected.meta["plan"]
+    assert torch.equal(qmodel.eval()(images()), expected.eval()(images()))
+
+
+def test_a_shared_module_is_one_layer_everywhere():
+    qmodel = quantize(Net(share=True), POLICY)
+    layers = [name for name, module in qmodel.named_modules() if isinstance(module, QuantLayer)]
+    assert layers == ["stem.0", "block1.conv1", "block1.conv2", "fc"]
+    assert [node.target for node in qmodel.graph.nodes].count("block1.conv1") == 2
+    qmodel(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in qmodel.parameters() if parameter.requires_grad)
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    qmodel = quantize(model, POLICY)
+    first, second = (module for module in qmodel.modules() if isinstance(module, QuantLayer))
+    assert first.weight is second.weight and first is not second
+
+
+def test_hooks_of_layers_are_kept():
+    model, seen = Net(), []
+    model.fc.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    quantize(model, POLICY)(images())
+    assert seen == [QuantLinear]
+
+
+# Mode.
+
+
+class Dropping(nn.Module):
+    """Uses its mode in every way that a trace would freeze."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.p = nn.Linear(8, 8), nn.Linear(8, 8), 0.5
+
+    def forward(self, x):
+        x = TF.dropout(self.first(x), self.p, self.training)
+        x = TF.dropout(x, p=0.5 if self.training else 0.0)
+        return self.last(TF.dropout(x, 0.0, training=True))
+
+
+@pytest.mark.parametrize("quantized_in", [True, False], ids=["from-training", "from-evaluation"])
+def test_arguments_that_depend_on_the_mode_follow_it(quantized_in):
+    model = Dropping().train(quantized_in)
+    qmodel = calibrate(quantize(model, POLICY), [], method="paper")
+    assert sorted(name for name, _ in qmodel.named_children()) == ["by_mode_0", "by_mode_1", "first", "last"]
+    assert not any("by_mode" in key for key in qmodel.state_dict())
+    x = torch.ones(2, 8)
+    assert torch.equal(qmodel(x), qmodel(x)) is not quantized_in
+    for training in (False, True):
+        run = copy.deepcopy(qmodel).train(training)
+        assert torch.equal(run(x), run(x)) is not training
+    # The same values are dropped as by the module.
+    layered = nn.Sequential(model.first, nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.0),
+        model.last).train()
+    expected = calibrate(quantize(layered, POLICY), [], method="paper").train()
+    results = []
+    for net in (qmodel.train(), expected):
+        torch.manual_seed(2)
+        results.append(net(x))
+    assert torch.equal(*results)
+
+
+def test_arguments_that_do_not_depend_on_the_mode_stay():
+    assert not [node for node in trace(Net()).graph.nodes if "by_mode" in str(node.target)]
+
+
+@pytest.mark.parametrize("training, path", [(True, "training"), (False, "evaluation")])
+def test_a_forward_with_another_path_in_the_other_mode_is_reported(training, path):
+    class TwoPaths(Dropping):
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x)) if self.training else self.first(x))
+
+    message = f"model TwoPaths: its forward takes another path in .*; the graph keeps the path of {path}"
+    with pytest.warns(UserWarning, match=message):
+        qmodel = quantize(TwoPaths().train(training), POLICY)
+    assert qmodel.last.input_quantizer.levels.signed is not training
+
+
+# Preconditions.
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        return TF.linear(x, self.weight)
+
+
+class Wrapped(nn.parallel.DistributedDataParallel):
+    """Without the process group that it would ask for."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: None, "model: expected a torch.nn.Module, got NoneType"),
+    (lambda: Net, "model: expected a torch.nn.Module, got type"),
+    (lambda: Wrapped(Net()),
+     "model: is wrapped in DistributedDataParallel; quantize model.module, then wrap the result"),
+    (lambda: torch.compile(Net()),
+     "model: was compiled; quantize model._orig_mod, then torch.compile the result"),
+    (lambda: quantize(Net(), POLICY), "model: is already quantized; start from the float model"),
+    (lambda: nn.Sequential(quantize(Net(), POLICY)), "model: is already quantized"),
+    (Branching,
+     "model Branching: torch.fx cannot trace it .TraceError: symbolically traced variables cannot be used .*; "
+     "make its forward free of control flow on tensor values"),
+    (lambda: nn.Sequential(nn.ReLU()),
+     "model Sequential: has no layer that can be quantized .no conv or linear layer"),
+    (lambda: nn.Sequential(nn.ConvTranspose2d(1, 1, 1)),
+     "has no layer that can be quantized .0: ConvTranspose2d is not one of"),
+    (Functional, "has no layer that can be quantized .linear: a functional call; use the module instead"),
+    (nn.ReLU, "model ReLU: has no layer that can be quantized"),
+], ids=[
+    "none", "class", "ddp", "compiled", "quantized", "quantized-inside", "untraceable", "layerless",
+    "unsupported", "functional", "relu",
+])  # fmt: skip
+@pytest.mark.parametrize("do", [quantize, plan])
+def test_what_cannot_be_quantized_is_refused(do, make, message):
+    with pytest.raises(ApotfxError, match=message) as error:
+        do(make(), POLICY)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("policy", [None, "policy.yaml", {"rules": []}, Rule()],
+    ids=["none", "path", "dict", "rule"])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(ApotfxError, match=f"policy: expected a BitPolicy, got {type(policy).__name__}"):
+        quantize(Net(), policy)
+
+
+def test_a_policy_that_does_not_fit_is_refused_and_the_model_stays():
+    model = Net()
+    before = snapshot(model)
+    for policy, message in (
+        (BitPolicy((Rule(), Rule(name="block9.*"))),
+         r"policy: rule 2 \(rule name=block9.\*\) matches no layer"),
+        (BitPolicy((Rule(scheme="pot", activation_bits=5),)),
+         r"layer block1.conv1 \(rule \*\): pot at 5 bits unsigned"),
+    ):
+        with pytest.raises(ApotfxError, match=message):
+            quantize(model, policy)
+    check_same(before, snapshot(model))
+
+
+def test_an_all_float_policy_changes_nothing():
+    model = Net().eval()
+    qmodel = quantize(model, BitPolicy.default(32))
+    assert not any(isinstance(module, QuantLayer) for module in qmodel.modules())
+    assert torch.equal(qmodel(images()), model(images()))
+
+
+def test_swapping_what_is_not_called_is_refused():
+    graph_module = trace(Net())
+    with pytest.raises(AssertionError, match="swapped but never called: {'stem.1.extra'}"):
+        swap_layers(graph_module, {"stem.1.extra": nn.Linear(2, 2)})
+
+
+# With the rest of torch.
+
+# torch 2.6 instantiates the class of an autograd function while it compiles one, which it then warns of.
+may_warn = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@may_warn
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_compiled_evaluation_is_equal(granularity):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(granularity=granularity),))), [images()]).eval()
+    compiled = torch.compile(qmodel, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(images()), qmodel(images()))
+
+
+@may_warn
+def test_compiled_training_computes_the_same_gradients():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    qmodel = calibrate(quantize(model, POLICY), [images()])
+    grads = []
+    for run in (qmodel, torch.compile(qmodel, backend="aot_eager")):
+        qmodel.zero_grad()
+        run(images()).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in qmodel.parameters() if parameter.requires_grad])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_round_trips_between_two_quantized_models():
+    source = calibrate(quantize(Net(), POLICY), [images()]).eval()
+    torch.manual_seed(1)
+    target = quantize(Net(), POLICY).eval()
+    assert not torch.equal(target(images()), source(images()))
+    assert target.load_state_dict(source.state_dict()) == ([], [])
+    assert torch.equal(target(images()), source(images()))
