@@ -102,7 +102,7 @@ def require_same(checkpoint: Checkpoint, given: dict, flag: str, keys: set[str] 
     return config
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     given = explicit_settings(args)
     resume = read_checkpoint(args.resume) if "resume" in args else None
     pretrained = read_checkpoint(given["pretrained"]) if "pretrained" in given else None
@@ -128,7 +128,10 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(getattr(args, "device", None), getattr(args, "gpu", None))
     processes = Processes(device.type)
     try:
-        dataset = load_dataset(config.dataset, getattr(args, "data", None), image_size=config.image_size, workers=args.workers)
+        with processes.main_first():  # so that a download happens once
+            dataset = load_dataset(
+                config.dataset, getattr(args, "data", None), image_size=config.image_size, workers=args.workers
+            )
         if resume is not None and evaluated is None and dataset.name != config.dataset:
             raise ApotfxError(f"--resume {args.resume}: the run was made on {config.dataset}, got {dataset.name}")
         config = replace(config, dataset=dataset.name)
@@ -181,13 +184,19 @@ def train(args, config, dataset, device, processes, pretrained, resume) -> None:
             print(result_table(result, run_dir))
 
 
-if __name__ == "__main__":
-    arguments = make_parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 2 for a user's mistake or a failing disk, 130 when stopped by a signal."""
+    args = make_parser().parse_args(argv)
     try:
-        main(arguments)
+        run(args)
     except (ApotfxError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Interrupted as stopped:
         print(f"stopped at {stopped}; continue with: python tools/train.py --resume {stopped.run_dir}", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """Training on several processes, as torchrun starts them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,15 @@ class Processes:
         """Until every process has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before all others."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
     def close(self) -> None:
         if self.world_size > 1:

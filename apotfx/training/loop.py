@@ -53,6 +53,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Weights with decay; biases and batch norms, and clips at their own rate, without (unless `decay_all`)."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "clips": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.endswith("_quantizer.clip"):
             groups["clips"].append(parameter)
         else:

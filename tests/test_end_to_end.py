@@ -1,0 +1,83 @@
+"""The whole way: the README's own code, and the published networks."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import apotfx
+from apotfx.training.build import restore_network
+from apotfx.training.checkpoint import read_checkpoint
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import load_dataset
+from apotfx.training.distributed import Processes
+from apotfx.training.run import report
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+# Accuracy in percent of the published checkpoints on the 60,000 training and the 10,000 test images, by their authors' code.
+PUBLISHED = {
+    "resnet10_5bit": (99.780, 99.04),
+    "resnet10_4bit": (99.638, 98.77),
+    "resnet10_3bit": (99.387, 98.81),
+    "resnet10_2bit": (98.718, 98.40),
+    "resnet10_5bit_uniform": (99.675, 98.94),
+    "resnet10_4bit_uniform": (99.535, 98.73),
+    "resnet10_3bit_uniform": (99.253, 98.91),
+    "resnet10_2bit_uniform": (98.448, 98.27),
+}
+
+
+@pytest.fixture(scope="module")
+def mnist(mnist_root):
+    return load_dataset("mnist", mnist_root)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_give_their_measured_accuracy(name, published_root, mnist, tmp_path):
+    bits, scheme = int(name[9]), "uniform" if name.endswith("uniform") else "apot"
+    config = TrainConfig(arch="resnet10", bit=bits, scheme=scheme, recipe="published", dataset="mnist")
+    network = restore_network(config, mnist, CPU, read_checkpoint(published_root / name / "model_best.pth.tar"))
+    result = report(network, config, mnist, CPU, Processes("cpu"), tmp_path, {})
+    assert result["train_acc"] == pytest.approx(PUBLISHED[name][0], abs=0.02)
+    assert result["test_acc"] == pytest.approx(PUBLISHED[name][1], abs=0.02)
+    assert result["integer_test_acc"] == result["test_acc"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0])
+def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("scheme", ["apot", "uniform", "pot"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_float_model_to_integer_file_in_ones_own_loop(bits, scheme, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.GELU(),
+        nn.Flatten(), nn.Linear(128, 4),
+    )  # fmt: skip
+    images, labels = torch.randn(64, 1, 12, 12), torch.arange(64) % 4
+    qmodel = apotfx.quantize(model, apotfx.BitPolicy.default(bits=bits, scheme=scheme))
+    apotfx.calibrate(qmodel, [images])
+    optimizer = torch.optim.Adam(qmodel.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(qmodel(images), labels).backward()
+        optimizer.step()
+    qmodel.eval()
+    assert (qmodel(images).argmax(1) == labels).float().mean() > 0.9  # chance is 0.25
+    apotfx.export_integer(qmodel, tmp_path / "out")
+    imodel = apotfx.load_integer(tmp_path / "out", model)
+    for batch in (images, images[:1], images[5:12].contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(imodel(batch), qmodel(batch))
