@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from .layers import QUANT_LAYERS
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
 
 # Modules, functions and methods of torch and torchvision by what they do to the sign of their input.

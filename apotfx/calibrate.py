@@ -1,7 +1,10 @@
 """Initial clips from data."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +35,7 @@ def fit_clip(x: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
         A float tensor of `shape`. Where x has nothing to represent (all zero, or nothing positive for an
         unsigned set) the clip is 1.
     """
-    rows = x.detach().float().reshape(shape[0], -1) if shape else _sample(x).float().unsqueeze(0)
+    rows = x.detach().float().reshape(shape[0], -1) if shape else sample(x).float().unsqueeze(0)
     largest = rows.abs().amax(1, keepdim=True) if levels.signed else rows.amax(1, keepdim=True)
     something = largest > 0
     largest = torch.where(something, largest, 1.0)
@@ -48,7 +51,7 @@ def fit_clip(x: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
     return torch.where(something, best, 1.0).reshape(shape)
 
 
-def _sample(x: Tensor) -> Tensor:
+def sample(x: Tensor) -> Tensor:
     """At most SAMPLES elements of x, evenly spread, as a copy of shape [n].
 
     The distance between them has no factor in common with their number, so that no column of an image is preferred.
@@ -57,6 +60,25 @@ def _sample(x: Tensor) -> Tensor:
     while distance > 1 and math.gcd(distance, x.numel()) > 1:
         distance += 1
     return x.detach().flatten()[::distance].clone()
+
+
+@contextmanager
+def observed_inputs(layers: dict[str, QuantLayer]) -> Iterator[dict[str, list[Tensor]]]:
+    """While active, keeps a `sample` of the input at each call of each of `layers`, by name, in order of execution."""
+    samples: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        samples.setdefault(name, []).append(sample(args[0] if args else kwargs["input"]))
+
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(keep, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield samples
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -76,8 +98,8 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
         qmodel.
 
     Raises:
-        ApotfxError: nothing in `qmodel` is quantized, no batch was given, an unknown method, or a layer saw
-            values that are not finite.
+        ApotfxError: nothing in `qmodel` is quantized, no batch was given, a batch with more parts than the model has
+            inputs, an unknown method, or a layer saw values that are not finite.
     """
     if method not in METHODS:
         raise ApotfxError(f"calibration method {method!r}: unknown; choose one of {', '.join(METHODS)}")
@@ -92,37 +114,48 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
     for layer in layers.values():
         if layer.weight_quantizer is not None:
             weight, _ = layer.normalized_weight()
-            layer.weight_quantizer.set_clip(fit_clip(weight, layer.weight_quantizer.levels, layer.weight_quantizer.clip.shape))
-    for name, samples in _observe_inputs(qmodel, layers, batches).items():
-        quantizer = layers[name].input_quantizer
-        if not samples:
+            layer.weight_quantizer.set_clip(
+                fit_clip(weight, layer.weight_quantizer.levels, layer.weight_quantizer.clip.shape)
+            )
+    quantized_inputs = {name: layer for name, layer in layers.items() if layer.input_quantizer is not None}
+    samples = _observe_float(qmodel, quantized_inputs, batches)
+    for name, layer in quantized_inputs.items():
+        quantizer = layer.input_quantizer
+        if name not in samples:
             raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
-        x = torch.cat(samples)
+        x = torch.cat(samples[name])
         if not x.isfinite().all():
-            raise ApotfxError(f"layer {name}: its input during calibration is not finite; check the batches and weights")
+            raise ApotfxError(
+                f"layer {name}: its input during calibration is not finite; check the batches and weights"
+            )
         quantizer.set_clip(fit_clip(x, quantizer.levels, quantizer.clip.shape))
     return qmodel
 
 
-def _observe_inputs(qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable) -> dict[str, list[Tensor]]:
-    """Samples of the float input of every layer with an input quantizer; batch-norm statistics are put back."""
-    samples = {name: [] for name, layer in layers.items() if layer.input_quantizer is not None}
-    quantizers = {name: layers[name].input_quantizer for name in samples}
+def _observe_float(qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable) -> dict[str, list[Tensor]]:
+    """Samples of the inputs of `layers` with no input quantized; batch-norm statistics are put back."""
+    quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
     buffers = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
-    hooks = [
-        layers[name].register_forward_pre_hook(lambda _, args, kept=kept: kept.append(_sample(args[0])))
-        for name, kept in samples.items()
-    ]
     try:
-        for name in samples:
-            layers[name].input_quantizer = None
-        for batch in batches:
-            qmodel(*batch) if isinstance(batch, (tuple, list)) else qmodel(batch)
+        for layer in layers.values():
+            layer.input_quantizer = None
+        with observed_inputs(layers) as samples:
+            for batch in batches:
+                inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
+                _require_inputs(qmodel, len(inputs))
+                qmodel(*inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
         for name, quantizer in quantizers.items():
             layers[name].input_quantizer = quantizer
         for name, buffer in qmodel.named_buffers():
             buffer.copy_(buffers[name])
     return samples
+
+
+def _require_inputs(qmodel: nn.Module, count: int) -> None:
+    accepted = len(inspect.signature(qmodel.forward).parameters)
+    if count > accepted:
+        raise ApotfxError(
+            f"calibrate: a batch has {count} parts, the model takes {accepted}; pass inputs only, such as "
+            "(images for images, labels in loader)"
+        )

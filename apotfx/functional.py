@@ -29,7 +29,9 @@ class Levels(NamedTuple):
 
     @classmethod
     def of(cls, level_set: LevelSet, device: torch.device | None = None) -> "Levels":
-        return cls(torch.tensor(level_set.encoding_table, dtype=torch.int32, device=device), level_set.max, level_set.signed)
+        return cls(
+            torch.tensor(level_set.encoding_table, dtype=torch.int32, device=device), level_set.max, level_set.signed
+        )
 
 
 def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:

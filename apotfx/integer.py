@@ -47,7 +47,9 @@ def unpack_codes(codes: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
     bits = np.unpackbits(codes.numpy(), count=count * levels.bits, bitorder="little").reshape(count, levels.bits)
     code = torch.from_numpy(bits).long() @ (2 ** torch.arange(levels.bits))
     magnitude = torch.tensor(levels.ints)[code & (2**levels.magnitude_bits - 1)]
-    return torch.where(code >> levels.magnitude_bits == 1, -magnitude, magnitude).reshape(shape).to(storage_dtype(levels))
+    return (
+        torch.where(code >> levels.magnitude_bits == 1, -magnitude, magnitude).reshape(shape).to(storage_dtype(levels))
+    )
 
 
 def storage_dtype(levels: LevelSet) -> torch.dtype:
@@ -211,7 +213,9 @@ def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     manifest = _read_manifest(path / MANIFEST)
     weights = _read_file(path / WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != manifest["weights_sha256"]:
-        raise ApotfxError(f"{path / WEIGHTS}: does not fit {MANIFEST} (checksum); it was altered, truncated or is another export's")
+        raise ApotfxError(
+            f"{path / WEIGHTS}: does not fit {MANIFEST} (checksum); it was altered, truncated or is another export's"
+        )
     try:
         tensors = safetensors.torch.load(weights)
     except SafetensorError as error:
@@ -219,7 +223,9 @@ def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     found = {k: {"shape": list(v.shape), "dtype": _dtype_name(v)} for k, v in tensors.items()}
     for name in sorted(found.keys() | manifest["tensors"].keys()):
         if found.get(name) != manifest["tensors"].get(name):
-            raise ApotfxError(f"{path / WEIGHTS}: {name} is {found.get(name)}, {MANIFEST} says {manifest['tensors'].get(name)}")
+            raise ApotfxError(
+                f"{path / WEIGHTS}: {name} is {found.get(name)}, {MANIFEST} says {manifest['tensors'].get(name)}"
+            )
     for layer in manifest["layers"]:
         if layer["weight"] is not None:
             codes = tensors.pop(f"{layer['name']}.{CODES}")
@@ -232,7 +238,9 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ApotfxError(f"{path}: cannot be read ({error.strerror}); pass a directory that export_integer wrote") from error
+        raise ApotfxError(
+            f"{path}: cannot be read ({error.strerror}); pass a directory that export_integer wrote"
+        ) from error
 
 
 def _read_manifest(path: Path) -> dict:
@@ -243,7 +251,9 @@ def _read_manifest(path: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ApotfxError(f"{path}: not the manifest of an integer export (format {FORMAT})")
     if manifest.get("version") != VERSION:
-        raise ApotfxError(f"{path}: format version {manifest.get('version')}, expected {VERSION}; export the model again")
+        raise ApotfxError(
+            f"{path}: format version {manifest.get('version')}, expected {VERSION}; export the model again"
+        )
     if manifest.get("manifest_sha256") != _manifest_checksum(manifest):
         raise ApotfxError(f"{path}: was altered (checksum); export the model again")
     return manifest
@@ -283,7 +293,9 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
     for name in sorted(state.keys() | stored.keys()):
         expected, got = (tuple(d[name].shape) if name in d else "absent" for d in (state, stored))
         if expected != got:
-            raise ApotfxError(f"export {path}: {name} is {got}, the model has {expected}; pass the model that was exported")
+            raise ApotfxError(
+                f"export {path}: {name} is {got}, the model has {expected}; pass the model that was exported"
+            )
     imodel.load_state_dict(stored, strict=False)
     return imodel.eval().requires_grad_(False)
 

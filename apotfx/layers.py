@@ -200,4 +200,6 @@ class IntegerLayer(nn.Module):
         return self.geometry.finish(y, self.bias, input)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
+        return (
+            f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
+        )

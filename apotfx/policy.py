@@ -60,7 +60,9 @@ class Rule:
             bits = getattr(self, key)
             whole = isinstance(bits, int) and not isinstance(bits, bool)
             if not whole or not (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS):
-                raise ApotfxError(f"{self}: {key} {bits!r} is out of range; use {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float")
+                raise ApotfxError(
+                    f"{self}: {key} {bits!r} is out of range; use {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float"
+                )
         factor = self.clip_grad_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
             raise ApotfxError(f"{self}: clip_grad_factor {factor!r} is not a number of at least 0")

@@ -88,14 +88,14 @@ def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx
     path, other_path = ([(n.op, n.target if n.op != "get_attr" else "") for n in graph] for graph in (nodes, others))
     if path != other_path:
         warnings.warn(
-            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the graph "
-            f"keeps the path of {'training' if graph_module.training else 'evaluation'}",
+            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the "
+            f"graph keeps the path of {'training' if graph_module.training else 'evaluation'}",
             stacklevel=4,
         )
         return
     differing = [
         (node, update, key, here, there)
-        for node, twin in zip(nodes, others)
+        for node, twin in zip(nodes, others, strict=True)
         for update, mine, theirs in (
             (node.update_arg, enumerate(node.args), twin.args),
             (node.update_kwarg, node.kwargs.items(), twin.kwargs),
@@ -119,7 +119,9 @@ def plan(model: nn.Module, policy: BitPolicy) -> Plan:
 
 def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphModule, Plan]:
     if not isinstance(policy, BitPolicy):
-        raise ApotfxError(f"policy: expected a BitPolicy, got {type(policy).__name__}; use BitPolicy.from_yaml or from_dict")
+        raise ApotfxError(
+            f"policy: expected a BitPolicy, got {type(policy).__name__}; use BitPolicy.from_yaml or from_dict"
+        )
     _require_traceable(model)
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ApotfxError("model: is already quantized; start from the float model")
@@ -128,15 +130,17 @@ def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphMo
     layers = analyze(copied, graph_module.graph)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
-        raise ApotfxError(f"model {type(model).__name__}: has no layer that can be quantized ({reasons or 'no conv or linear layer'})")
+        raise ApotfxError(
+            f"model {type(model).__name__}: has no layer that can be quantized ({reasons or 'no conv or linear layer'})"
+        )
     return graph_module, resolve(policy, layers)
 
 
 def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
     """A copy of `model` whose conv and linear layers are quantized as `policy` says.
 
-    Everything else keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps its parameters
-    and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from `calibrate`, or
+    Everything else that forward calls keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps
+    its parameters and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from `calibrate`, or
     else from the first training batch; until then they are the paper's constants. All of them learn but those of the
     first layers' inputs, which `requires_grad_` can let learn too.
 

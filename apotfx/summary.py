@@ -43,7 +43,10 @@ class Summary:
             "quantized", "decided by",
         ]  # fmt: skip
         rows = [list(asdict(layer).values()) for layer in self.layers]
-        totals = [sum(getattr(layer, key) for layer in self.layers) for key in ("parameters", "float_bytes", "quantized_bytes")]
+        totals = [
+            sum(getattr(layer, key) for layer in self.layers)
+            for key in ("parameters", "float_bytes", "quantized_bytes")
+        ]
         return tabulate([*rows, ["total", *[None] * 7, *totals, None]], headers, floatfmt=".4g", missingval="-")
 
 

@@ -272,8 +272,7 @@ def ends(model):
 
 
 def test_first_and_last_of_a_chain():
-    chain = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4),
-        nn.Softmax(1))
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Softmax(1))
     assert ends(chain) == ({"1"}, {"4"})
 
 
@@ -340,8 +339,10 @@ def test_a_functional_call_and_a_module_of_the_same_name_are_two_layers():
 
     model = Both()
     facts = analyze(model, fx.symbolic_trace(model).graph)
-    assert [(f.name, f.type, f.obstacle is None) for f in facts] == [("linear", "F.linear", False),
-        ("linear", "Linear", True)]
+    assert [(f.name, f.type, f.obstacle is None) for f in facts] == [
+        ("linear", "F.linear", False),
+        ("linear", "Linear", True),
+    ]
 
 
 @pytest.mark.parametrize("layer, obstacle", [

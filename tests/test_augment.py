@@ -21,8 +21,9 @@ def images(count=8, channels=2, size=12):
 def matrix(angle=0.0, right=0.0, down=0.0, scale=1.0, shear=0.0, mirror=1.0, count=8):
     """One transform for every image; angles in degrees."""
     column = [torch.full((count,), float(value)) for value in (angle, right, down, scale, shear, mirror)]
-    return affine_matrix(column[0].deg2rad(), torch.stack(column[1:3], dim=1), column[3], column[4].deg2rad(),
-                         column[5])
+    return affine_matrix(
+        column[0].deg2rad(), torch.stack(column[1:3], dim=1), column[3], column[4].deg2rad(), column[5]
+    )
 
 
 def assert_close(actual, expected, atol=1e-5):
@@ -64,9 +65,15 @@ def test_magnification_by_two_shows_the_middle():
 
 
 @pytest.mark.parametrize("size", [12, 13])
-@pytest.mark.parametrize("angle, right, down, scale, shear", [
-    (20, 0, 0, 1.0, 0), (0, 0, 0, 1.0, 12), (-35, 2, -1, 1.2, 10), (160, -3, 1, 0.8, -25),
-])
+@pytest.mark.parametrize(
+    "angle, right, down, scale, shear",
+    [
+        (20, 0, 0, 1.0, 0),
+        (0, 0, 0, 1.0, 12),
+        (-35, 2, -1, 1.2, 10),
+        (160, -3, 1, 0.8, -25),
+    ],
+)
 def test_equals_torchvision(size, angle, right, down, scale, shear):
     batch = images(size=size)
     expected = TF.affine(batch, angle, [right, down], scale, [shear, 0.0], TF.InterpolationMode.BILINEAR)
@@ -82,9 +89,13 @@ def test_published_mirrors_about_half_of_the_images():
     assert 450 < is_mirrored.sum() < 550
 
 
-@pytest.mark.parametrize("augment, bound", [
-    (Augment(translate=0.25), 0.25), (Augment(translate=0.1), 0.1),
-])
+@pytest.mark.parametrize(
+    "augment, bound",
+    [
+        (Augment(translate=0.25), 0.25),
+        (Augment(translate=0.1), 0.1),
+    ],
+)
 def test_translation_fills_its_range(augment, bound):
     # One bright pixel per image: its center of mass moves by the drawn shift.
     batch = torch.zeros(4000, 1, 21, 21)
@@ -98,8 +109,10 @@ def test_translation_fills_its_range(augment, bound):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_see_together_what_one_process_sees(world_size):
     whole = augment_batch(images(), EVERYTHING, generator(5))
-    parts = [augment_batch(part, EVERYTHING, generator(5), rank=rank, world_size=world_size)
-             for rank, part in enumerate(images().chunk(world_size))]
+    parts = [
+        augment_batch(part, EVERYTHING, generator(5), rank=rank, world_size=world_size)
+        for rank, part in enumerate(images().chunk(world_size))
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -129,10 +142,19 @@ def test_other_images_are_mirrored_by_default(dataset):
     assert Augment.default_for(dataset) == Augment(translate=0.125, scale=(0.9, 1.1), flip=True)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("degrees", -1), ("degrees", 181), ("degrees", math.nan), ("translate", 1.0), ("translate", -0.1),
-    ("scale", (1.1, 0.9)), ("scale", (0.0, 1.0)), ("shear", 90),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("degrees", -1),
+        ("degrees", 181),
+        ("degrees", math.nan),
+        ("translate", 1.0),
+        ("translate", -0.1),
+        ("scale", (1.1, 0.9)),
+        ("scale", (0.0, 1.0)),
+        ("shear", 90),
+    ],
+)
 def test_ranges_are_checked(field, value):
     with pytest.raises(ApotfxError, match=f"^Augment {field}=.*: expected "):
         Augment(**{field: value})

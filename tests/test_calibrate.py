@@ -7,7 +7,7 @@ from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, quantize
 from apotfx import functional as F
-from apotfx.calibrate import SAMPLES, _sample, fit_clip
+from apotfx.calibrate import SAMPLES, fit_clip, sample
 from apotfx.layers import QuantLayer
 
 PER_TENSOR = torch.Size([])
@@ -16,8 +16,7 @@ DISTRIBUTIONS = {
     "normal": torch.randn(5000, generator=GENERATOR),
     "half-normal": torch.randn(5000, generator=GENERATOR).relu(),
     "uniform": 2 * torch.rand(5000, generator=GENERATOR) - 1,
-    "laplace": torch.empty(5000).exponential_(generator=GENERATOR) * torch.randn(5000,
-        generator=GENERATOR).sign(),
+    "laplace": torch.empty(5000).exponential_(generator=GENERATOR) * torch.randn(5000, generator=GENERATOR).sign(),
     "with-outlier": torch.cat([torch.randn(5000, generator=GENERATOR), torch.tensor([30.0])]),
     "tiny": torch.randn(5000, generator=GENERATOR) * 1e-6,
 }
@@ -58,8 +57,9 @@ def test_values_with_nothing_to_represent_give_1(levels):
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_a_clip_per_channel_is_that_of_every_channel(signed):
     levels = LevelSet("apot", 4, signed)
-    w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3,
-        5).reshape(5, 1, 1, 1)
+    w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 5).reshape(
+        5, 1, 1, 1
+    )
     w[2] = 0
     clip = fit_clip(w, levels, torch.Size([5, 1, 1, 1]))
     assert clip.shape == (5, 1, 1, 1)
@@ -86,16 +86,16 @@ def test_other_dtypes_are_fitted_in_float32(dtype):
                          ids=str)  # fmt: skip
 def test_a_sample_prefers_no_place(shape):
     column = torch.arange(shape[-1]).expand(shape)
-    sample = _sample(column)
-    assert min(SAMPLES // 2, column.numel()) <= len(sample) <= SAMPLES
-    assert len(sample) == column.numel() or column.numel() > SAMPLES
-    counts = sample.bincount(minlength=shape[-1])
+    some = sample(column)
+    assert min(SAMPLES // 2, column.numel()) <= len(some) <= SAMPLES
+    assert len(some) == column.numel() or column.numel() > SAMPLES
+    counts = some.bincount(minlength=shape[-1])
     assert counts.max() - counts.min() <= 1
 
 
 def test_a_sample_is_a_copy():
     x = torch.zeros(4)
-    _sample(x).add_(1)
+    sample(x).add_(1)
     assert not x.any()
 
 
@@ -168,8 +168,7 @@ def test_clips_fit_the_weights_and_the_inputs_that_float_inputs_lead_to(training
     for layer, x in zip(quant_layers(qmodel), inputs_of(calibrate(weights_only, []), data), strict=True):
         assert torch.equal(layer.input_quantizer.clip, fit_clip(x, layer.input_quantizer.levels, PER_TENSOR))
         weight, _ = layer.normalized_weight()
-        assert torch.equal(layer.weight_quantizer.clip,
-            fit_clip(weight, layer.weight_quantizer.levels, PER_TENSOR))
+        assert torch.equal(layer.weight_quantizer.clip, fit_clip(weight, layer.weight_quantizer.levels, PER_TENSOR))
 
 
 def test_calibration_does_not_depend_on_the_clips_before():
@@ -187,8 +186,7 @@ def test_a_calibrated_model_keeps_its_clips_in_training():
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("bits", [{"weight_bits": 32}, {"activation_bits": 32}],
-    ids=["input-only", "weight-only"])
+@pytest.mark.parametrize("bits", [{"weight_bits": 32}, {"activation_bits": 32}], ids=["input-only", "weight-only"])
 def test_operands_that_stay_float_need_no_clip(bits):
     qmodel = calibrate(quantized(**bits), batches())
     clips = [name for name in qmodel.state_dict() if name.endswith("clip")]
@@ -232,11 +230,11 @@ def test_an_unknown_method_is_refused():
         calibrate(quantized(), batches(), method="max")
 
 
-@pytest.mark.parametrize("net", [model(), quantize(model(), BitPolicy.default(32))],
-    ids=["float", "all-float-policy"])
+@pytest.mark.parametrize("net", [model(), quantize(model(), BitPolicy.default(32))], ids=["float", "all-float-policy"])
 def test_a_model_without_quantized_layers_is_refused(net):
-    with pytest.raises(ApotfxError,
-        match="calibrate: the model has no quantized layer; pass what apotfx.quantize returned"):
+    with pytest.raises(
+        ApotfxError, match="calibrate: the model has no quantized layer; pass what apotfx.quantize returned"
+    ):
         calibrate(net, batches())
 
 
@@ -249,8 +247,9 @@ def test_no_batch_is_refused():
 def test_values_that_are_not_finite_are_refused(value):
     data = batches()
     data[1][0, 0, 0, 0] = value
-    with pytest.raises(ApotfxError,
-        match="layer 0: its input during calibration is not finite; check the batches and weights"):
+    with pytest.raises(
+        ApotfxError, match="layer 0: its input during calibration is not finite; check the batches and weights"
+    ):
         calibrate(quantized().eval(), data)
 
 
@@ -264,3 +263,24 @@ def test_a_batch_that_fails_leaves_the_model_usable():
     assert not any(layer._forward_pre_hooks for layer in quant_layers(qmodel))
     assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers() if name in before)
     calibrate(qmodel, batches())
+
+
+def test_batches_with_labels_are_refused():
+    qmodel = quantize(nn.Sequential(nn.Linear(3, 2)), BitPolicy.default(4))
+    with pytest.raises(ApotfxError, match="a batch has 2 parts, the model takes 1; pass inputs only"):
+        calibrate(qmodel, [(torch.rand(4, 3), torch.zeros(4))])
+
+
+def test_an_input_passed_by_name_is_observed():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    qmodel = quantize(Named(), BitPolicy.default(4))
+    x = torch.rand(4, 3)
+    calibrate(qmodel, [x])
+    assert torch.equal(qmodel.fc.input_quantizer.clip, fit_clip(x, qmodel.fc.input_quantizer.levels, torch.Size()))

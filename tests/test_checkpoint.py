@@ -17,7 +17,9 @@ from apotfx.training.published import convert_published
 
 def small(bits=4):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
     return net if bits == 32 else apotfx.quantize(net, apotfx.BitPolicy.default(bits))
 
 
@@ -67,7 +69,9 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: {"format": "apotfx-checkpoint", "model": b}], ids=["bare", "inside"])
+@pytest.mark.parametrize(
+    "wrap", [lambda b: b, lambda b: {"format": "apotfx-checkpoint", "model": b}], ids=["bare", "inside"]
+)
 def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch, wrap):
     monkeypatch.chdir(tmp_path)
     torch.save(wrap(Bomb()), "evil.pt")
@@ -95,7 +99,9 @@ def test_a_missing_checkpoint_is_named():
         read_checkpoint("nowhere.pt")
 
 
-@pytest.mark.parametrize("other", [{"a": 1}, [1, 2], {"state_dict": {"module.x": 1}}], ids=["dict", "list", "other script"])
+@pytest.mark.parametrize(
+    "other", [{"a": 1}, [1, 2], {"state_dict": {"module.x": 1}}], ids=["dict", "list", "other script"]
+)
 def test_other_files_of_tensors_are_refused(tmp_path, other):
     torch.save(other, tmp_path / "x.pt")
     with pytest.raises(ApotfxError, match="not one of this tool's nor a published one"):
@@ -105,7 +111,10 @@ def test_other_files_of_tensors_are_refused(tmp_path, other):
 def test_another_architecture_is_refused_by_the_first_name_that_does_not_fit(tmp_path):
     save_checkpoint(tmp_path / "x.pt", content(small()))
     other = nn.Sequential(nn.Conv2d(1, 5, 3))
-    with pytest.raises(ApotfxError, match=re.escape("(written by --arch resnet18): 0.weight is (4, 1, 3, 3), the network has (5, 1, 3, 3)")):
+    with pytest.raises(
+        ApotfxError,
+        match=re.escape("(written by --arch resnet18): 0.weight is (4, 1, 3, 3), the network has (5, 1, 3, 3)"),
+    ):
         load_state(other, read_checkpoint(tmp_path / "x.pt"), carry_over=True)
 
 

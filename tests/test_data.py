@@ -15,8 +15,7 @@ from apotfx.training import data
 from apotfx.training.augment import Augment
 from apotfx.training.data import Split, TrainBatches, eval_batches, load_dataset
 
-MNIST_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
-               "t10k-labels-idx1-ubyte"]
+MNIST_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 EVERYTHING = Augment(degrees=10.0, translate=0.1, scale=(0.9, 1.1), shear=5.0, flip=True)
 COMMON = {"batch_size": 8, "mean": (0.131,), "std": (0.308,), "image_size": 8, "device": "cpu"}
 
@@ -49,10 +48,10 @@ def write_idx(root, folder="MNIST", num_train=20, num_test=10):
     pixels = np.random.default_rng(0)
     for prefix, count in (("train", num_train), ("t10k", num_test)):
         images = pixels.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 0x801, count) + bytes(i % 10 for i in range(count)))
+            struct.pack(">2i", 0x801, count) + bytes(i % 10 for i in range(count))
+        )
     return raw
 
 
@@ -104,9 +103,14 @@ def test_mnist(mnist_root):
     assert (*mean, *std) == pytest.approx((0.1307, 0.3081), abs=5e-5)
 
 
-@pytest.mark.parametrize("name, folder", [
-    ("mnist", "MNIST"), (None, "MNIST"), ("fashion-mnist", "FashionMNIST"),
-])
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("mnist", "MNIST"),
+        (None, "MNIST"),
+        ("fashion-mnist", "FashionMNIST"),
+    ],
+)
 def test_idx_files_are_read_exactly(tmp_path, name, folder):
     raw = write_idx(tmp_path, folder)
     dataset = load_dataset(name, tmp_path)
@@ -148,7 +152,7 @@ def test_cifar10(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).integers(0, 256, (60, 3072), dtype=np.uint8)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for i, name in enumerate(names):
-        batch = {"data": rows[10 * i:10 * i + 10], "labels": list(range(10))}
+        batch = {"data": rows[10 * i : 10 * i + 10], "labels": list(range(10))}
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     cifar = load_dataset("cifar10", tmp_path)
@@ -180,8 +184,10 @@ def test_validation_images_are_fixed_disjoint_and_in_order(tmp_path, monkeypatch
     assert len(first.val) == 20
     assert torch.equal(first.val.images, second.val.images)
     original = torchvision.datasets.MNIST(tmp_path).data[:, None]
-    positions = [[(original == image).flatten(1).all(1).nonzero().item() for image in split.images]
-                 for split in (first.train, first.val)]
+    positions = [
+        [(original == image).flatten(1).all(1).nonzero().item() for image in split.images]
+        for split in (first.train, first.val)
+    ]
     assert all(part == sorted(part) for part in positions)
     assert sorted(positions[0] + positions[1]) == list(range(200))
     assert torch.equal(first.all_train.images, torch.cat([first.train.images, first.val.images]))
@@ -218,8 +224,11 @@ def test_fallback_to_digits_is_loud_and_marked(offline, capsys):
 
 
 def test_explicit_mnist_does_not_fall_back(offline):
-    with pytest.raises(ApotfxError, match="^mnist: found no data/MNIST/raw/train-images-idx3-ubyte and could "
-                                          "not download it .*--data DIR or APOTFX_DATA.*--dataset digits$"):
+    with pytest.raises(
+        ApotfxError,
+        match="^mnist: found no data/MNIST/raw/train-images-idx3-ubyte and could "
+        "not download it .*--data DIR or APOTFX_DATA.*--dataset digits$",
+    ):
         load_dataset("mnist", None)
 
 
@@ -253,13 +262,19 @@ def damage(raw, how):
         images.write_bytes(struct.pack(">4i", 0x803, 20, 14, 56) + images.read_bytes()[16:])
 
 
-@pytest.mark.parametrize("how, message", [
-    ("truncated images", "is damaged"), ("empty images", "is damaged"), ("header alone", "is damaged"),
-    ("wrong magic", "is damaged"), ("labels as images", "is damaged"),
-    ("label out of range", "has labels 0 to 10, expected 0 to 9"),
-    ("one label less", "has 20 images and 19 labels"),
-    ("not square", r"has images of \(14, 56\) pixels, expected squares"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated images", "is damaged"),
+        ("empty images", "is damaged"),
+        ("header alone", "is damaged"),
+        ("wrong magic", "is damaged"),
+        ("labels as images", "is damaged"),
+        ("label out of range", "has labels 0 to 10, expected 0 to 9"),
+        ("one label less", "has 20 images and 19 labels"),
+        ("not square", r"has images of \(14, 56\) pixels, expected squares"),
+    ],
+)
 def test_damaged_files(tmp_path, how, message):
     raw = write_idx(tmp_path)
     damage(raw, how)
@@ -339,9 +354,14 @@ def test_folder_needs_a_directory():
         load_dataset("folder", None)
 
 
-@pytest.mark.parametrize("splits, found", [
-    ((), "none"), (("train",), "train"), (("val", "test"), "val, test"),
-])
+@pytest.mark.parametrize(
+    "splits, found",
+    [
+        ((), "none"),
+        (("train",), "train"),
+        (("val", "test"), "val, test"),
+    ],
+)
 def test_folder_without_its_splits(tmp_path, splits, found):
     write_images(tmp_path, splits)
     with pytest.raises(ApotfxError, match=f"{tmp_path}: found {found} of the folders.*DIR/train/CLASS/IMAGE"):
@@ -408,10 +428,11 @@ def test_every_step_of_every_epoch_augments_anew():
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_see_together_the_batch_of_one_process(world_size):
-    ranks = [list(batches(rank=rank, world_size=world_size, image_size=12).epoch(2))
-             for rank in range(world_size)]
-    together = [(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
-                for parts in zip(*ranks)]
+    ranks = [list(batches(rank=rank, world_size=world_size, image_size=12).epoch(2)) for rank in range(world_size)]
+    together = [
+        (torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+        for parts in zip(*ranks)
+    ]
     assert_equal(together, list(batches(image_size=12).epoch(2)))
 
 
@@ -430,11 +451,14 @@ def test_channels_are_normalized_by_their_own_statistics():
         assert torch.equal(images[:, channel], expected)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"batch_size": 51}, "--batch-size 51: expected 1 to 50"),
-    ({"batch_size": 0}, "--batch-size 0: expected 1 to 50"),
-    ({"batch_size": 8, "world_size": 3}, "--batch-size 8: expected a multiple of the 3 processes"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 51}, "--batch-size 51: expected 1 to 50"),
+        ({"batch_size": 0}, "--batch-size 0: expected 1 to 50"),
+        ({"batch_size": 8, "world_size": 3}, "--batch-size 8: expected a multiple of the 3 processes"),
+    ],
+)
 def test_batch_size_is_checked(options, message):
     with pytest.raises(ApotfxError, match=message):
         batches(**options)

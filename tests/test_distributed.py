@@ -50,9 +50,19 @@ def free_port():
 
 
 def torchrun(*command, processes=2, cwd=None):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(free_port()),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=env, timeout=240)
+    done = subprocess.run(
+        [*launcher, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=env, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -82,7 +92,9 @@ def test_training_on_two_processes_equals_training_on_one(tmp_path):
         states.append(torch.load(tmp_path / "runs" / str(processes) / "checkpoint.pt", weights_only=True))
     one, two = (state["model"] for state in states)
     for name in one:
-        torch.testing.assert_close(two[name].float(), one[name].float(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two[name].float(), one[name].float(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_one_process_needs_no_group():

@@ -19,7 +19,7 @@ from apotfx.training.run import report
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
-# Accuracy in percent of the published checkpoints on the 60,000 training and the 10,000 test images, by their authors' code.
+# Accuracy in percent on the 60,000 training and the 10,000 test images, by the authors' own code.
 PUBLISHED = {
     "resnet10_5bit": (99.780, 99.04),
     "resnet10_4bit": (99.638, 98.77),

@@ -56,8 +56,7 @@ def test_encode_is_nearest_up_to_rounding_for_any_clip(levels):
     for clip in (torch.tensor(0.7312), torch.tensor(2.9)):
         n = F.encode(x, clip, encoding(levels)).double()
         assert torch.isin(n.abs(), ints).all()
-        position = (x.double() / clip.double() * levels.max).clamp(-levels.max if levels.signed else 0,
-            levels.max)
+        position = (x.double() / clip.double() * levels.max).clamp(-levels.max if levels.signed else 0, levels.max)
         smallest = (position.abs().unsqueeze(1) - ints).abs().amin(1)
         assert ((position - n).abs() <= smallest + position.abs() * 2**-22).all()
 
@@ -98,8 +97,7 @@ def test_nothing_is_encoded_to_nothing(shape):
 
 
 def test_a_scalar_is_encoded():
-    assert F.encode(torch.tensor(-1.0), torch.tensor(1.0),
-        encoding(LevelSet("apot", 4))) == torch.tensor(-10.0)
+    assert F.encode(torch.tensor(-1.0), torch.tensor(1.0), encoding(LevelSet("apot", 4))) == torch.tensor(-10.0)
 
 
 @pytest.mark.parametrize("layout", [
@@ -112,8 +110,7 @@ def test_memory_layout_changes_nothing(layout, signed):
     levels = encoding(LevelSet("apot", 4, signed))
     x = layout(torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)))
     before = x.clone()
-    assert torch.equal(F.encode(x, torch.tensor(1.1), levels),
-        F.encode(x.contiguous(), torch.tensor(1.1), levels))
+    assert torch.equal(F.encode(x, torch.tensor(1.1), levels), F.encode(x.contiguous(), torch.tensor(1.1), levels))
     assert torch.equal(x, before)
 
 
@@ -121,8 +118,7 @@ def test_memory_layout_changes_nothing(layout, signed):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_clip_per_channel(signed, memory_format):
     levels = encoding(LevelSet("apot", 4, signed))
-    w = torch.randn(5, 3, 2, 2,
-        generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
     clip = torch.tensor([0.1, 0.5, 1, 2, 30.0]).reshape(5, 1, 1, 1)
     rows = [F.encode(row, c.reshape(()), levels) for row, c in zip(w, clip)]
     assert torch.equal(F.encode(w, clip, levels), torch.stack(rows))
@@ -177,8 +173,7 @@ def closed_form(x, clip, levels, everywhere=False):
     inside = (v >= -1 if levels.signed else v >= 0) & (v <= 1)
     q = nearest_level((v * levels.max).clamp(-levels.max, levels.max), levels) / levels.max
     outside = torch.where(v > 0, 1.0, -1.0 if levels.signed else 0.0)
-    return q * clip, torch.ones_like(v) if everywhere else inside.double(), torch.where(inside, q - v,
-        outside)
+    return q * clip, torch.ones_like(v) if everywhere else inside.double(), torch.where(inside, q - v, outside)
 
 
 def operands(shape_x, shape_w, per_channel=False, dtype=torch.float64):
@@ -190,8 +185,7 @@ def operands(shape_x, shape_w, per_channel=False, dtype=torch.float64):
     return [t.requires_grad_() for t in (x, w, torch.tensor(1.1, dtype=dtype), clip_w)]
 
 
-def check_against_closed_form(operator, tensors, levels_x, levels_w, *, rescale=1.0, factor=1.0,
-    everywhere=False):
+def check_against_closed_form(operator, tensors, levels_x, levels_w, *, rescale=1.0, factor=1.0, everywhere=False):
     """Output and all four gradients of `quantized_op` to within a few roundings of float64."""
     x, w, clip_x, clip_w = tensors
     y = F.quantized_op(
@@ -240,8 +234,7 @@ def test_gradients_for_every_level_set(levels):
 @every_operator
 @pytest.mark.parametrize("quantized", ["weight", "input"])
 def test_gradients_with_one_float_operand(operator, shape_x, shape_w, quantized):
-    levels_x, levels_w = (None,
-        LevelSet("apot", 3)) if quantized == "weight" else (LevelSet("apot", 3, False), None)
+    levels_x, levels_w = (None, LevelSet("apot", 3)) if quantized == "weight" else (LevelSet("apot", 3, False), None)
     check_against_closed_form(operator, operands(shape_x, shape_w, True), levels_x, levels_w, rescale=0.3)
 
 
@@ -273,8 +266,9 @@ def test_gradient_of_single_values(signed, everywhere):
     assert grad_clip.item() == pytest.approx(3 * sum(errors if signed else [0, 0, 0, *errors[3:]]), rel=1e-14)
 
 
-@pytest.mark.parametrize("levels", [LevelSet("apot", 4, False), LevelSet("uniform", 8), LevelSet("pot", 4)],
-    ids=level_set_id)
+@pytest.mark.parametrize(
+    "levels", [LevelSet("apot", 4, False), LevelSet("uniform", 8), LevelSet("pot", 4)], ids=level_set_id
+)
 def test_levels_kept_in_bfloat16_do_not_change_the_gradient_of_the_clip(levels):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     clip, grad = torch.tensor(1.3), torch.randn(1000, generator=torch.Generator().manual_seed(1))
@@ -297,8 +291,9 @@ def test_gradient_of_the_clip_for_half_precision_values(dtype):
 def test_infinite_values_have_finite_gradients():
     levels = encoding(LevelSet("apot", 4))
     x, clip = torch.tensor([math.inf, -math.inf, 3e38, 0.0]), torch.tensor(1e-3)
-    grad_x, grad_clip = F.quantization_gradient(torch.tensor([1.0, 2, 4, 8]), x, F.encode(x, clip, levels),
-        clip, levels)
+    grad_x, grad_clip = F.quantization_gradient(
+        torch.tensor([1.0, 2, 4, 8]), x, F.encode(x, clip, levels), clip, levels
+    )
     assert grad_x.tolist() == [0, 0, 0, 8] and grad_clip == 1 - 2 + 4
 
 
@@ -371,10 +366,8 @@ def test_the_scale_is_applied_once_after_the_accumulators(per_channel):
     x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, per_channel, torch.float32))
     n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w, encoding(levels_w))
     scale = (clip_x / levels_x.max) * (clip_w / levels_w.max * torch.tensor(0.7))
-    expected = integer_operator(operator, n_x,
-        n_w).float() * (scale.reshape(-1, 1, 1) if per_channel else scale)
-    assert torch.equal(run(operator, x, w, clip_x, clip_w, levels_x, levels_w, torch.float32, rescale=0.7),
-        expected)
+    expected = integer_operator(operator, n_x, n_w).float() * (scale.reshape(-1, 1, 1) if per_channel else scale)
+    assert torch.equal(run(operator, x, w, clip_x, clip_w, levels_x, levels_w, torch.float32, rescale=0.7), expected)
 
 
 @pytest.fixture
@@ -406,8 +399,7 @@ def test_threads_layout_and_batch_change_no_bit(name, shape_x, shape_w, levels_x
     assert torch.equal(torch.cat([result(part, w) for part in x.split(16)]), expected)
     if x.dim() == 4:
         last = torch.channels_last
-        assert torch.equal(result(x.contiguous(memory_format=last), w.contiguous(memory_format=last)),
-            expected)
+        assert torch.equal(result(x.contiguous(memory_format=last), w.contiguous(memory_format=last)), expected)
     else:
         assert torch.equal(result(x.T.contiguous().T, w.T.contiguous().T), expected)
 
@@ -456,7 +448,7 @@ def test_the_largest_accumulators_are_exact(num_inputs):
 
 needs_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="this processor has no bfloat16 kernels that sum in float32"
+    reason="this processor has no bfloat16 kernels that sum in float32",
 )
 
 

@@ -47,8 +47,11 @@ def test_every_level_has_its_own_code(levels):
 def test_the_layout_of_codes():
     """The index in the low bits, the sign above it, the first code in the lowest bits of the first byte."""
     n = torch.tensor([[0, 1, -1], [4, -10, 10]])  # indices 0 1 1 4 7 7 in 0 1 2 3 4 6 8 10
-    assert [f"{byte:08b}" for byte in pack_codes(n, LevelSet("apot", 4)).tolist()] == ["00010000", "01001001",
-        "01111111"]
+    assert [f"{byte:08b}" for byte in pack_codes(n, LevelSet("apot", 4)).tolist()] == [
+        "00010000",
+        "01001001",
+        "01111111",
+    ]
     assert [f"{byte:08b}" for byte in pack_codes(torch.tensor([1, -1, 0, 1, 1]),
         LevelSet("uniform", 2)).tolist()] == [
         "01001101", "00000001",
@@ -58,8 +61,7 @@ def test_the_layout_of_codes():
 def test_codes_do_not_depend_on_the_memory_format():
     n = torch.randint(-7, 8, (4, 3, 5, 2), generator=torch.Generator().manual_seed(0)).float()
     levels = LevelSet("uniform", 4)
-    assert torch.equal(pack_codes(n.contiguous(memory_format=torch.channels_last), levels),
-        pack_codes(n, levels))
+    assert torch.equal(pack_codes(n.contiguous(memory_format=torch.channels_last), levels), pack_codes(n, levels))
 
 
 @every_level_set
@@ -163,8 +165,7 @@ def export_and_compare(tmp_path, qmodel, model, x):
 @pytest.mark.parametrize("scheme", ["apot", "uniform", "pot"])
 def test_the_loaded_network_equals_the_exported_one(scheme, bits, tmp_path):
     widest = {"pot": 4}.get(scheme, 8)  # unsigned inputs of pot have at most 4 bits
-    qmodel, model = trained(policy(scheme=scheme, weight_bits=min(bits, widest + 1),
-        activation_bits=min(bits, widest)))
+    qmodel, model = trained(policy(scheme=scheme, weight_bits=min(bits, widest + 1), activation_bits=min(bits, widest)))
     export_and_compare(tmp_path, qmodel, model, data())
 
 
@@ -192,8 +193,9 @@ def test_a_mixed_policy(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"bias": False}, {"padding_mode": "reflect"}, {"stride": 2}],
-    ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    "options", [{"bias": False}, {"padding_mode": "reflect"}, {"stride": 2}], ids=lambda o: next(iter(o))
+)
 def test_options_of_layers(options, tmp_path):
     qmodel, model = trained(policy(), **options)
     export_and_compare(tmp_path, qmodel, model, data())
@@ -207,8 +209,7 @@ def test_other_threads_batches_and_layouts_give_the_same_bits(tmp_path):
         before = [layer.clone() for layer in _outputs(imodel, x)]
         assert len(before) == 5
         last = torch.channels_last
-        for y in (_outputs(imodel, x.contiguous(memory_format=last)),
-            _outputs(imodel.to(memory_format=last), x)):
+        for y in (_outputs(imodel, x.contiguous(memory_format=last)), _outputs(imodel.to(memory_format=last), x)):
             assert torch.equal(y[0], before[0])
     threads = torch.get_num_threads()
     try:
@@ -342,8 +343,13 @@ def test_the_manifest_describes_a_layer(tmp_path):
         "type": "Conv2d", "shape": [6, 6, 3, 3], "bias": True, "pad": [1, 1, 1, 1], "pad_mode": "circular",
         "accumulator_bound": 54 * 2**14 * 2**6,
     }  # fmt: skip
-    assert conv["operator"] == {"kind": "Convolution", "stride": [1, 1], "padding": [0, 0],
-        "dilation": [1, 1], "groups": 1}
+    assert conv["operator"] == {
+        "kind": "Convolution",
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+        "groups": 1,
+    }
     assert layers["conv1"]["input"] is None and layers["pointwise"]["weight"] is None
     assert layers["fc"]["operator"]["kind"] == "MatrixProduct" and layers["fc"]["input"]["signed"] is False
     assert "accumulator_bound" not in layers["conv1"] and "batch_norm" not in conv
@@ -393,8 +399,7 @@ def test_an_existing_path_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("directory", "file", "link"):
-        with pytest.raises(ApotfxError,
-            match=f"export .*/{name}: exists already; choose a new directory or remove it"):
+        with pytest.raises(ApotfxError, match=f"export .*/{name}: exists already; choose a new directory or remove it"):
             export_integer(qmodel, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "link"]
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "directory").iterdir())
@@ -521,15 +526,13 @@ def test_an_altered_manifest_is_refused(change, export, exported):
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"text"', b'{"format": "other", "version": 1}'])
 def test_another_json_file_is_refused(content, export, exported):
     (export / "manifest.json").write_bytes(content)
-    check_refused(export, exported[1],
-        "manifest.json: not the manifest of an integer export .format apotfx-integer.")
+    check_refused(export, exported[1], "manifest.json: not the manifest of an integer export .format apotfx-integer.")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_another_version_is_refused(version, export, exported):
     edit_manifest(export, lambda m: m.update(version=version), sign=True)
-    check_refused(export, exported[1],
-        f"manifest.json: format version {version}, expected 1; export the model again")
+    check_refused(export, exported[1], f"manifest.json: format version {version}, expected 1; export the model again")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
@@ -557,16 +560,16 @@ def test_files_of_two_exports_are_refused(name, export, exported):
     (lambda m: m["tensors"].pop("fc.bias"), "fc.bias is .*, manifest.json says None"),
     (lambda m: m["tensors"].update(extra={}), "extra is None, manifest.json says {}"),
 ], ids=["shape", "dtype", "absent", "surplus"])  # fmt: skip
-def test_tensors_that_do_not_fit_a_manifest_with_valid_checksums_are_refused(change, message, export,
-    exported):
+def test_tensors_that_do_not_fit_a_manifest_with_valid_checksums_are_refused(change, message, export, exported):
     edit_manifest(export, change, sign=True)
     check_refused(export, exported[1], message)
 
 
 def test_levels_that_do_not_fit_their_scheme_are_refused(export):
     edit_manifest(export, lambda m: m["layers"][0]["weight"]["levels"].__setitem__(-1, 999), sign=True)
-    with pytest.raises(ApotfxError,
-        match=r"manifest.json: the levels of LevelSet\(scheme='uniform', bits=8, signed=True\) are"):
+    with pytest.raises(
+        ApotfxError, match=r"manifest.json: the levels of LevelSet\(scheme='uniform', bits=8, signed=True\) are"
+    ):
         read_integer(export)
 
 
@@ -620,8 +623,9 @@ def with_layer(name, layer):
     "batch-norm", "extra", "subclass", "other", "quantized",
 ])  # fmt: skip
 def test_another_model_is_refused(make, message, exported):
-    with pytest.raises(ApotfxError,
-        match=f"export {re.escape(str(exported[0]))}: {message}; pass the .*model that was exported"):
+    with pytest.raises(
+        ApotfxError, match=f"export {re.escape(str(exported[0]))}: {message}; pass the .*model that was exported"
+    ):
         load_integer(exported[0], make())
 
 

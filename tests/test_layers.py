@@ -31,12 +31,10 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-def quantized(layer, levels_w=LEVELS_W, levels_x=LEVELS_X, *, per_channel=False, normalization="rescale",
-    factor=1.0):
+def quantized(layer, levels_w=LEVELS_W, levels_x=LEVELS_X, *, per_channel=False, normalization="rescale", factor=1.0):
     weights = inputs = None
     if levels_w is not None:
-        weights = WeightQuantizer(levels_w, layer.weight, per_channel=per_channel,
-            normalization=normalization)
+        weights = WeightQuantizer(levels_w, layer.weight, per_channel=per_channel, normalization=normalization)
     if levels_x is not None:
         inputs = InputQuantizer(levels_x)
     return QUANT_LAYERS[type(layer)].from_float(layer, weights, inputs, factor)
@@ -93,8 +91,7 @@ def test_linear_equals_that_of_quantized_values(shape, bias):
     x = random(*shape, dtype=torch.float64)
     quant = fitted(quantized(layer, normalization="none").double(), random(9, 5))
     weight = fake_quantized(layer.weight, quant.weight_quantizer.clip, LEVELS_W)
-    expected = nn.functional.linear(fake_quantized(x, quant.input_quantizer.clip, LEVELS_X), weight,
-        layer.bias)
+    expected = nn.functional.linear(fake_quantized(x, quant.input_quantizer.clip, LEVELS_X), weight, layer.bias)
     torch.testing.assert_close(quant(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -157,8 +154,7 @@ def test_evaluation_is_scale_times_integers(kind, per_channel, levels):
     quant = fitted(quantized(layer, levels, levels_x, per_channel=per_channel), x)
     n_w, scale_w = quant.integer_weight()
     n_x = quant.input_quantizer.encode(x)
-    accumulators = (torch.conv1d, torch.conv2d,
-        torch.conv3d)[x.dim() - 3] if kind != "linear" else nn.functional.linear
+    accumulators = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3] if kind != "linear" else nn.functional.linear
     accumulators = accumulators(n_x.double(), n_w.double())
     assert torch.equal(accumulators, accumulators.round()) and accumulators.abs().max() > 0
     channels = (-1, *(1 for _ in shape[2:])) if kind != "linear" else (-1,)
@@ -181,11 +177,9 @@ def test_training_and_evaluation_compute_the_same(kind):
 def test_operands_without_quantizer_stay_float(levels_w, levels_x):
     layer, x = nn.Linear(5, 4).double(), random(3, 5, dtype=torch.float64)
     quant = fitted(quantized(layer, levels_w, levels_x, normalization="none").double(), x)
-    weight = layer.weight if levels_w is None else fake_quantized(layer.weight, quant.weight_quantizer.clip,
-        levels_w)
+    weight = layer.weight if levels_w is None else fake_quantized(layer.weight, quant.weight_quantizer.clip, levels_w)
     inputs = x if levels_x is None else fake_quantized(x, quant.input_quantizer.clip, levels_x)
-    torch.testing.assert_close(quant(x), nn.functional.linear(inputs, weight, layer.bias), rtol=1e-12,
-        atol=1e-12)
+    torch.testing.assert_close(quant(x), nn.functional.linear(inputs, weight, layer.bias), rtol=1e-12, atol=1e-12)
 
 
 # From a float layer.
@@ -278,13 +272,11 @@ def test_the_first_training_batch_sets_the_clips_once():
     quant.train()(x)
     weight, _ = quant.normalized_weight()
     assert torch.equal(quant.input_quantizer.clip.detach(), fit_clip(x, LEVELS_X, torch.Size([])))
-    assert torch.equal(quant.weight_quantizer.clip.detach(),
-        fit_clip(weight, LEVELS_W, torch.Size([4, 1, 1, 1])))
+    assert torch.equal(quant.weight_quantizer.clip.detach(), fit_clip(weight, LEVELS_W, torch.Size([4, 1, 1, 1])))
     assert quant.input_quantizer.calibrated and quant.weight_quantizer.calibrated
     clips = [p.clone() for p in (quant.input_quantizer.clip, quant.weight_quantizer.clip)]
     quant(100 * x)
-    assert torch.equal(quant.input_quantizer.clip, clips[0]) and torch.equal(quant.weight_quantizer.clip,
-        clips[1])
+    assert torch.equal(quant.input_quantizer.clip, clips[0]) and torch.equal(quant.weight_quantizer.clip, clips[1])
 
 
 @pytest.mark.parametrize("again", ["load", "copy"])

@@ -55,9 +55,15 @@ def test_uniform_levels_are_all_integers(bits):
     assert LevelSet("uniform", bits, signed=False).ints == tuple(range(2**bits))
 
 
-@pytest.mark.parametrize("magnitude_bits, expected", [
-    (1, (0, 1)), (2, (0, 1, 2, 4)), (3, (0, 1, 2, 4, 8, 16, 32, 64)), (4, (0, *(2**e for e in range(15)))),
-])
+@pytest.mark.parametrize(
+    "magnitude_bits, expected",
+    [
+        (1, (0, 1)),
+        (2, (0, 1, 2, 4)),
+        (3, (0, 1, 2, 4, 8, 16, 32, 64)),
+        (4, (0, *(2**e for e in range(15)))),
+    ],
+)
 def test_pot_levels_are_powers_of_two(magnitude_bits, expected):
     assert LevelSet("pot", magnitude_bits + 1).ints == expected
 

@@ -77,7 +77,9 @@ def test_parameter_groups_hold_each_parameter_once():
     assert [g["weight_decay"] for g in (weights, scales, clips)] == [CONFIG.weight_decay, 0, 0]
     assert [g["lr_factor"] for g in (weights, scales, clips)] == [1, 1, 0.5]
     assert len(clips["params"]) == 5 and all(p.dim() > 1 for p in weights["params"])
-    assert all(g["weight_decay"] == CONFIG.weight_decay for g in parameter_groups(model, replace(CONFIG, decay_all=True)))
+    assert all(
+        g["weight_decay"] == CONFIG.weight_decay for g in parameter_groups(model, replace(CONFIG, decay_all=True))
+    )
 
 
 def test_moving_average_follows_its_formula():

@@ -16,19 +16,30 @@ def num_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("arch, in_channels, expected", [
-    ("resnet10", 1, 309_178), ("resnet18", 1, 701_818),  # published
-    ("resnet20", 3, 272_474), ("resnet56", 3, 855_770), ("resnet110", 3, 1_730_714),
-])
+@pytest.mark.parametrize(
+    "arch, in_channels, expected",
+    [
+        ("resnet10", 1, 309_178),
+        ("resnet18", 1, 701_818),  # published
+        ("resnet20", 3, 272_474),
+        ("resnet56", 3, 855_770),
+        ("resnet110", 3, 1_730_714),
+    ],
+)
 def test_number_of_parameters(arch, in_channels, expected):
     assert num_parameters(build(arch, in_channels)[0]) == expected
 
 
-@pytest.mark.parametrize("arch, block, depths", [
-    ("resnet10", BasicBlock, [1, 1, 1, 1]), ("resnet14", BasicBlock, [2, 1, 1, 2]),
-    ("resnet34", BasicBlock, [3, 4, 6, 3]), ("resnet50", Bottleneck, [3, 4, 6, 3]),
-    ("resnet152", Bottleneck, [3, 8, 36, 3]),
-])
+@pytest.mark.parametrize(
+    "arch, block, depths",
+    [
+        ("resnet10", BasicBlock, [1, 1, 1, 1]),
+        ("resnet14", BasicBlock, [2, 1, 1, 2]),
+        ("resnet34", BasicBlock, [3, 4, 6, 3]),
+        ("resnet50", Bottleneck, [3, 4, 6, 3]),
+        ("resnet152", Bottleneck, [3, 8, 36, 3]),
+    ],
+)
 def test_mnist_resnets_have_the_module_names_of_torchvision(arch, block, depths):
     theirs = torchvision.models.ResNet(block, depths)
     names = [name for name, _ in theirs.named_modules()]
@@ -64,10 +75,18 @@ def test_resnets_are_traceable(arch):
         assert torch.equal(torch.fx.symbolic_trace(model).eval()(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("name, expected_size", [
-    ("alexnet", 64), ("squeezenet1_0", 28), ("mobilenet_v2", 28), ("googlenet", 28), ("regnet_y_400mf", 28),
-    ("densenet121", 32), ("vit_b_16", 32),
-])
+@pytest.mark.parametrize(
+    "name, expected_size",
+    [
+        ("alexnet", 64),
+        ("squeezenet1_0", 28),
+        ("mobilenet_v2", 28),
+        ("googlenet", 28),
+        ("regnet_y_400mf", 28),
+        ("densenet121", 32),
+        ("vit_b_16", 32),
+    ],
+)
 def test_torchvision_networks_fit_the_data_set(name, expected_size):
     model, size = build(f"torchvision/{name}")
     assert size == expected_size and model.training
@@ -113,10 +132,15 @@ def test_list_models_names_all_networks():
     assert names[12:] == [f"torchvision/{name}" for name in theirs]
 
 
-@pytest.mark.parametrize("arch, hint", [
-    ("resnet19", "resnet10"), ("alexnet", "torchvision/alexnet"), ("torchvision/mobilnet_v2", "mobilenet_v2"),
-    ("torchvision/quantized_googlenet", "torchvision/googlenet"),
-])
+@pytest.mark.parametrize(
+    "arch, hint",
+    [
+        ("resnet19", "resnet10"),
+        ("alexnet", "torchvision/alexnet"),
+        ("torchvision/mobilnet_v2", "mobilenet_v2"),
+        ("torchvision/quantized_googlenet", "torchvision/googlenet"),
+    ],
+)
 def test_unknown_network(arch, hint):
     with pytest.raises(ApotfxError, match=rf"unknown network '{arch}': did you mean .*{hint}.*list_models"):
         build(arch)

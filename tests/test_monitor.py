@@ -438,17 +438,6 @@ def test_no_sqnr_where_every_value_is_a_level(tmp_path):
     assert "sqnr_db/fc/weight" not in read(tmp_path).Tags()["scalars"]
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (256, 16, 28, 28), (256, 64, 7, 7), (512, 128, 4, 4)])
-def test_samples_are_few_and_favour_no_place(shape):
-    places = torch.arange(np.prod(shape[1:])).reshape(shape[1:]).expand(shape)
-    sample = module._sample(places)
-    assert len(sample) == min(sample.numel(), module.SAMPLES) and len(sample) > min(places.numel(), 2**16) / 2
-    counts = torch.bincount(sample % shape[-1], minlength=shape[-1])  # by column
-    assert counts.min() >= 0.9 * len(sample) / shape[-1] - 1
-    if places.numel() <= module.SAMPLES:
-        assert torch.equal(sample, places.flatten())
-
-
 def test_large_tensors_are_sampled(tmp_path):
     torch.manual_seed(0)
     qmodel = apotfx.quantize(nn.Sequential(nn.Linear(512, 512)), BitPolicy((Rule(granularity="channel"),)))

@@ -36,8 +36,7 @@ WRONG_RULES = [
     ({"position": ["first"]}, r"position \['first'\] is unknown"),
     ({"scheme": "apod"}, "scheme 'apod' is unknown; choose one of apot, pot, uniform, float"),
     ({"scheme": None}, "scheme None is unknown"),
-    ({"name": "fc", "weight_bits": 1},
-     "rule name=fc: weight_bits 1 is out of range; use 2 to 8, or 32 for float"),
+    ({"name": "fc", "weight_bits": 1}, "rule name=fc: weight_bits 1 is out of range; use 2 to 8, or 32 for float"),
     ({"type": "Linear", "activation_bits": 9}, "rule type=Linear: activation_bits 9 is out of range"),
     ({"weight_bits": 16}, "weight_bits 16 is out of range"),
     ({"weight_bits": 4.0}, "weight_bits 4.0 is out of range"),
@@ -125,8 +124,9 @@ def test_scheme_float_is_float():
 def test_weights_are_signed_and_inputs_as_the_graph_says():
     plan = resolve(BitPolicy((Rule(weight_bits=3, activation_bits=5),)), LAYERS)
     assert {row.weight for row in plan.layers} == {LevelSet("apot", 3)}
-    assert [row.input for row in plan.layers] == [LevelSet("apot", 5, signed) for signed in (True, False,
-        False, True, False)]
+    assert [row.input for row in plan.layers] == [
+        LevelSet("apot", 5, signed) for signed in (True, False, False, True, False)
+    ]
 
 
 def test_an_obstacle_wins_over_every_rule():
@@ -252,8 +252,10 @@ WRONG = {
     "no-list": ({"rules": {"name": "fc"}}, "expected one key `rules` with a list"),
     "no-rules": ({"rules": []}, "expected one key `rules` with a list of rules, got {'rules': \\[\\]}"),
     "rule-not-a-dict": ({"rules": [{}, "fc"]}, "rule 2: expected keys and values, got 'fc'"),
-    "unknown-key": ({"rules": [{}, {"nam": "fc"}]},
-        "rule 2: unknown key 'nam'; the keys are bits, name, type, position, scheme"),
+    "unknown-key": (
+        {"rules": [{}, {"nam": "fc"}]},
+        "rule 2: unknown key 'nam'; the keys are bits, name, type, position, scheme",
+    ),
     "key-not-a-string": ({"rules": [{4: 4}]}, "rule 1: unknown key 4"),
     "bad-value": ({"rules": [{"bits": 1}]}, "rule 1: rule \\*: weight_bits 1 is out of range"),
 }
@@ -283,8 +285,7 @@ def test_a_file_that_is_no_policy_is_refused(data, message, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(ApotfxError,
-        match=r"absent.yaml: cannot be read \(No such file or directory\); check the path"):
+    with pytest.raises(ApotfxError, match=r"absent.yaml: cannot be read \(No such file or directory\); check the path"):
         BitPolicy.from_yaml(tmp_path / "absent.yaml")
     with pytest.raises(ApotfxError, match=r"cannot be read \(Is a directory\)"):
         BitPolicy.from_yaml(tmp_path)
@@ -311,8 +312,7 @@ def test_the_text_of_a_plan():
     ]
     assert plan.rows() == rows
     lines = str(plan).splitlines()
-    assert [tuple(re.split(r"\s{2,}", line.strip())) for line in [lines[0], *lines[2:]]] == [plan.HEADERS,
-        *rows]
+    assert [tuple(re.split(r"\s{2,}", line.strip())) for line in [lines[0], *lines[2:]]] == [plan.HEADERS, *rows]
 
 
 def test_plans_and_policies_are_values():

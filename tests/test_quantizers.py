@@ -57,8 +57,7 @@ def test_normalization_standardize():
     assert abs(normalized.mean()) < 1e-6 and abs(normalized.std() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("normalization, divided",
-    [("none", False), ("rescale", True), ("standardize", True)])
+@pytest.mark.parametrize("normalization, divided", [("none", False), ("rescale", True), ("standardize", True)])
 def test_mean_and_standard_deviation_are_constants_in_the_backward_pass(normalization, divided):
     w = weight(4, 3).requires_grad_()
     normalized, factor = weight_quantizer(w, normalization).normalize(w)
@@ -79,8 +78,7 @@ def test_weights_without_deviation_stay_finite(normalization, w):
 
 
 def test_an_unknown_normalization_is_refused():
-    with pytest.raises(ApotfxError,
-        match="normalization 'batch': unknown; choose one of none, standardize, rescale"):
+    with pytest.raises(ApotfxError, match="normalization 'batch': unknown; choose one of none, standardize, rescale"):
         weight_quantizer(weight(2, 2), "batch")
 
 
@@ -142,3 +140,17 @@ def test_repr_tells_the_levels():
     assert repr(weight_quantizer(weight(2, 2), "none", True)) == (
         "WeightQuantizer(apot, bits=4, signed, per channel, normalization=none)"
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_first_batch_that_is_not_finite_is_refused(value):
+    quantizer = InputQuantizer(LevelSet("apot", 4))
+    with pytest.raises(ApotfxError, match="first training batch has values that are not finite"):
+        quantizer.fit_first_batch(torch.tensor([1.0, value]))
+    assert quantizer.needs_clip and not quantizer.calibrated
+
+
+def test_an_empty_first_batch_leaves_the_clip_for_the_next():
+    quantizer = InputQuantizer(LevelSet("apot", 4))
+    quantizer.fit_first_batch(torch.empty(0, 3))
+    assert quantizer.needs_clip

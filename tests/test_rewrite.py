@@ -15,10 +15,8 @@ POLICY = BitPolicy((Rule(),))
 class Block(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1,
-            bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1,
-            bias=False), nn.BatchNorm2d(channels)
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -54,8 +52,7 @@ def snapshot(model):
     """What `quantize` must not change."""
     return (
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        {name: (type(module), module.training, sorted(vars(module))) for name,
-            module in model.named_modules()},
+        {name: (type(module), module.training, sorted(vars(module))) for name, module in model.named_modules()},
         {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()},
     )
 
@@ -110,8 +107,7 @@ def test_layers_are_swapped_as_planned():
     qmodel = quantize(Net(), policy)
     conv = qmodel.block1.conv1
     assert type(conv) is QuantConv2d and type(qmodel.fc) is QuantLinear
-    assert conv.weight_quantizer.levels == LevelSet("uniform", 3) and conv.weight_quantizer.clip.shape == (4,
-        1, 1, 1)
+    assert conv.weight_quantizer.levels == LevelSet("uniform", 3) and conv.weight_quantizer.clip.shape == (4, 1, 1, 1)
     assert conv.weight_quantizer.normalization == "none" and conv.clip_grad_factor == 1
     assert conv.input_quantizer.levels == LevelSet("uniform", 5, False)
     assert qmodel.fc.weight_quantizer is None and qmodel.fc.clip_grad_factor == 0.1
@@ -120,8 +116,7 @@ def test_layers_are_swapped_as_planned():
     assert qmodel.block2.conv1.weight_quantizer.levels == LevelSet("apot", 4)
     assert type(qmodel.block2.conv2) is nn.Conv2d and type(qmodel.up) is nn.ConvTranspose2d
     stem = qmodel.get_submodule("stem.0")
-    assert stem.input_quantizer.levels == LevelSet("apot",
-        4) and stem.weight_quantizer.normalization == "rescale"
+    assert stem.input_quantizer.levels == LevelSet("apot", 4) and stem.weight_quantizer.normalization == "rescale"
 
 
 def test_names_and_values_are_kept():
@@ -140,8 +135,7 @@ def test_plan_is_what_quantize_does():
     qmodel = quantize(Net(), BitPolicy.default(3))
     assert plan(Net(), BitPolicy.default(3)) == qmodel.meta["plan"]
     rows = {row.facts.name: row for row in qmodel.meta["plan"].layers}
-    assert list(rows) == ["stem.0", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "up",
-        "fc"]
+    assert list(rows) == ["stem.0", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "up", "fc"]
     assert [row.reason for row in rows.values()] == [
         "rule position=first", *["rule *"] * 4,
         "float: ConvTranspose2d is not one of Conv1d, Conv2d, Conv3d, Linear",
@@ -274,8 +268,7 @@ def test_arguments_that_depend_on_the_mode_follow_it(quantized_in):
         run = copy.deepcopy(qmodel).train(training)
         assert torch.equal(run(x), run(x)) is not training
     # The same values are dropped as by the module.
-    layered = nn.Sequential(model.first, nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.0),
-        model.last).train()
+    layered = nn.Sequential(model.first, nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.0), model.last).train()
     expected = calibrate(quantize(layered, POLICY), [], method="paper").train()
     results = []
     for net in (qmodel.train(), expected):
@@ -339,7 +332,7 @@ class Wrapped(nn.parallel.DistributedDataParallel):
     (lambda: quantize(Net(), POLICY), "model: is already quantized; start from the float model"),
     (lambda: nn.Sequential(quantize(Net(), POLICY)), "model: is already quantized"),
     (Branching,
-     "model Branching: torch.fx cannot trace it .TraceError: symbolically traced variables cannot be used .*; "
+     "model Branching: torch.fx cannot trace it .TraceError: symbolically traced variables cannot be .*; "
      "make its forward free of control flow on tensor values"),
     (lambda: nn.Sequential(nn.ReLU()),
      "model Sequential: has no layer that can be quantized .no conv or linear layer"),
@@ -358,8 +351,7 @@ def test_what_cannot_be_quantized_is_refused(do, make, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("policy", [None, "policy.yaml", {"rules": []}, Rule()],
-    ids=["none", "path", "dict", "rule"])
+@pytest.mark.parametrize("policy", [None, "policy.yaml", {"rules": []}, Rule()], ids=["none", "path", "dict", "rule"])
 def test_what_is_no_policy_is_refused(policy):
     with pytest.raises(ApotfxError, match=f"policy: expected a BitPolicy, got {type(policy).__name__}"):
         quantize(Net(), policy)
@@ -369,10 +361,11 @@ def test_a_policy_that_does_not_fit_is_refused_and_the_model_stays():
     model = Net()
     before = snapshot(model)
     for policy, message in (
-        (BitPolicy((Rule(), Rule(name="block9.*"))),
-         r"policy: rule 2 \(rule name=block9.\*\) matches no layer"),
-        (BitPolicy((Rule(scheme="pot", activation_bits=5),)),
-         r"layer block1.conv1 \(rule \*\): pot at 5 bits unsigned"),
+        (BitPolicy((Rule(), Rule(name="block9.*"))), r"policy: rule 2 \(rule name=block9.\*\) matches no layer"),
+        (
+            BitPolicy((Rule(scheme="pot", activation_bits=5),)),
+            r"layer block1.conv1 \(rule \*\): pot at 5 bits unsigned",
+        ),
     ):
         with pytest.raises(ApotfxError, match=message):
             quantize(model, policy)

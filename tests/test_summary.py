@@ -14,8 +14,12 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.partial, self.plain, self.up = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1), nn.Conv2d(5, 4,
-            1), nn.Linear(4, 4)
+        self.conv, self.partial, self.plain, self.up = (
+            nn.Conv2d(3, 5, 3),
+            nn.Conv2d(5, 5, 1),
+            nn.Conv2d(5, 4, 1),
+            nn.Linear(4, 4),
+        )
         self.attention, self.unused = nn.MultiheadAttention(4, 1), nn.Linear(2, 2)
         self.weight = nn.Parameter(torch.ones(4, 4))
 
@@ -58,10 +62,13 @@ def test_a_quantized_layer(rows):
 
 def test_layers_that_are_quantized_in_part(rows):
     partial, up = rows["partial"], rows["up"]
-    assert (partial.scheme, partial.weight_bits, partial.input_bits, partial.input_clip) == ("apot", 2, 32,
-        None)
-    assert (partial.weight_clip, partial.float_bytes, partial.quantized_bytes, partial.signed_input) == (3.0,
-        100, 7, False)
+    assert (partial.scheme, partial.weight_bits, partial.input_bits, partial.input_clip) == ("apot", 2, 32, None)
+    assert (partial.weight_clip, partial.float_bytes, partial.quantized_bytes, partial.signed_input) == (
+        3.0,
+        100,
+        7,
+        False,
+    )
     assert (up.weight_bits, up.input_bits, up.weight_clip, up.input_clip) == (32, 4, None, 0.5)
     assert up.float_bytes == up.quantized_bytes == 64
 
@@ -73,10 +80,14 @@ def test_layers_that_are_quantized_in_part(rows):
 ])  # fmt: skip
 def test_float_layers(rows, name, parameters, decided_by):
     row = rows[name]
-    assert (row.scheme, row.weight_bits, row.input_bits, row.weight_clip, row.input_clip) == ("float", 32, 32,
-        None, None)
-    assert (row.parameters, row.float_bytes, row.quantized_bytes) == (parameters, 4 * parameters,
-        4 * parameters)
+    assert (row.scheme, row.weight_bits, row.input_bits, row.weight_clip, row.input_clip) == (
+        "float",
+        32,
+        32,
+        None,
+        None,
+    )
+    assert (row.parameters, row.float_bytes, row.quantized_bytes) == (parameters, 4 * parameters, 4 * parameters)
     assert re.fullmatch(decided_by, row.decided_by)
 
 
@@ -96,8 +107,7 @@ def test_a_functional_call_is_not_taken_for_the_module_of_its_name():
 
 def test_the_text_is_a_table_with_totals():
     torch.manual_seed(0)
-    result = summary(quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
-        BitPolicy.default(4)))
+    result = summary(quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), BitPolicy.default(4)))
     lines = [re.split(r"\s{2,}", line.strip()) for line in str(result).splitlines()]
     assert lines[0] == ["layer", "type", "scheme", "w bits", "in bits", "signed in", "w clip", "in clip",
         "parameters", "bytes",
@@ -109,9 +119,9 @@ def test_the_text_is_a_table_with_totals():
     ]
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), torch.fx.symbolic_trace(nn.ReLU()), None],
-    ids=["module", "graph", "none"])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), torch.fx.symbolic_trace(nn.ReLU()), None], ids=["module", "graph", "none"]
+)
 def test_what_does_not_come_from_quantize_is_refused(model):
-    with pytest.raises(ApotfxError,
-        match="summary: the model has no plan; pass what apotfx.quantize returned"):
+    with pytest.raises(ApotfxError, match="summary: the model has no plan; pass what apotfx.quantize returned"):
         summary(model)

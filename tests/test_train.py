@@ -101,7 +101,14 @@ def test_the_export_of_a_run_gives_the_accuracy_that_it_reports(run_4_bit):
 def test_the_events_of_a_run_show_what_quantization_does(run_4_bit):
     accumulator = EventAccumulator(str(run_4_bit)).Reload()
     events = accumulator.Tags()
-    scalars = {"train/loss", "train/accuracy", "train/lr", "val/accuracy", "clip/conv1/weight", "sqnr_db/layer4.0.conv2/input"}
+    scalars = {
+        "train/loss",
+        "train/accuracy",
+        "train/lr",
+        "val/accuracy",
+        "clip/conv1/weight",
+        "sqnr_db/layer4.0.conv2/input",
+    }
     assert scalars <= set(events["scalars"])
     assert "weight/layer1.0.conv1/quantized" in events["histograms"]
     assert {"level_usage/weight", "level_usage/input"} <= set(events["images"])
@@ -117,12 +124,16 @@ def test_a_run_is_repeatable(run_4_bit):
 
 def test_evaluate_agrees_with_the_run_and_leaves_it_alone(run_4_bit, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in run_4_bit.iterdir()}
-    assert train.main(["-e", "--pretrained", str(run_4_bit / "best.pt"), "--name", "e"]) == 0  # arch and bits from the file
+    assert (
+        train.main(["-e", "--pretrained", str(run_4_bit / "best.pt"), "--name", "e"]) == 0
+    )  # arch and bits from the file
     results = [json.loads(path.read_text()) for path in (run_4_bit / "result.json", Path("runs/e/result.json"))]
     for key in ("test_acc", "train_acc", "val_acc", "integer_test_acc", "bit", "dataset"):
         assert results[0][key] == results[1][key]
     assert before == {path.name: path.stat().st_mtime_ns for path in run_4_bit.iterdir()}
-    assert (run_4_bit / "integer" / "weights.safetensors").read_bytes() == Path("runs/e/integer/weights.safetensors").read_bytes()
+    assert (run_4_bit / "integer" / "weights.safetensors").read_bytes() == Path(
+        "runs/e/integer/weights.safetensors"
+    ).read_bytes()
 
 
 def test_names_are_made_up_and_numbered():
@@ -132,7 +143,9 @@ def test_names_are_made_up_and_numbered():
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys):
-    Path("policy.yaml").write_text("rules:\n- {name: 'layer4.*', bits: 2, scheme: pot}\n- {bits: 5, granularity: channel}\n")
+    Path("policy.yaml").write_text(
+        "rules:\n- {name: 'layer4.*', bits: 2, scheme: pot}\n- {bits: 5, granularity: channel}\n"
+    )
     assert call("--policy", "policy.yaml", "--dry-run") == 0
     out = capsys.readouterr().out
     assert re.search(r"layer4\.0\.conv1 +Conv2d +2-bit pot +2-bit pot +unsigned .*name=layer4", out)
@@ -145,9 +158,15 @@ def test_float_then_teacher_then_lower_bits(run_float):
     assert result["bit"] == 32 and result["integer_test_acc"] is None and not (run_float / "integer").exists()
     teach = ["--pretrained", run_float / "best.pt", "--teacher", run_float / "best.pt", "--epochs", 1]
     assert call("--bit", 4, "--name", "4", *teach) == 0
-    assert call("--bit", 2, "--name", "2", "--epochs", 1, "--lr", 1e-9, "--ema", 0, "--pretrained", "runs/4/best.pt") == 0
+    assert (
+        call("--bit", 2, "--name", "2", "--epochs", 1, "--lr", 1e-9, "--ema", 0, "--pretrained", "runs/4/best.pt") == 0
+    )
     four, two = (load(f"runs/{bits}/best.pt")["model"] for bits in (4, 2))
-    for name in ("layer1.0.conv1.weight", "layer1.0.conv1.input_quantizer.clip", "layer3.0.conv2.weight_quantizer.clip"):
+    for name in (
+        "layer1.0.conv1.weight",
+        "layer1.0.conv1.input_quantizer.clip",
+        "layer3.0.conv2.weight_quantizer.clip",
+    ):
         torch.testing.assert_close(two[name], four[name], rtol=1e-5, atol=1e-6)
 
 
@@ -254,7 +273,10 @@ class Bomb:
         ("--pretrained missing.pt", "checkpoint missing.pt: no such file"),
         ("--pretrained truncated.pt", "checkpoint truncated.pt: .*damaged"),
         ("--pretrained evil.pt", "checkpoint evil.pt: holds pickled code"),
-        ("--arch resnet18 --pretrained best.pt", r"checkpoint best.pt \(written by --arch resnet10\): layer1.1.conv1.weight is absent"),
+        (
+            "--arch resnet18 --pretrained best.pt",
+            r"checkpoint best.pt \(written by --arch resnet10\): layer1.1.conv1.weight is absent",
+        ),
         ("-e", "--evaluate: nothing to evaluate"),
         ("-e --bit 3 --pretrained best.pt", "--bit 3: best.pt was made with --bit 4"),
         ("-e --power 0 --pretrained best.pt", "--scheme uniform: best.pt was made with --scheme apot"),
@@ -281,7 +303,12 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, capsys):
     Path("runs/taken").mkdir(parents=True)
     raw = Path("corrupt/MNIST/raw")
     raw.mkdir(parents=True)
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
         (raw / name).write_bytes(struct.pack(">IIII", 2051, 100, 28, 28) + b"\0" * 50)
     before = sorted(path for path in Path().rglob("*"))
 
@@ -300,7 +327,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_exits_2(run_4_bit):
         f"sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *QUICK, "--epochs", "1", "--name", "full"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120
+    )
     assert done.returncode == 2
     assert re.search(r"train.py: error: .*File too large", done.stderr)
     assert not list(Path("runs/full").glob("*.pt")) and not list(Path("runs/full").glob(".*"))

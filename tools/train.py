@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a float network with low-bit weights and activations, and export its integer weights.
 
-    python tools/train.py --arch resnet18 --bit 4
+python tools/train.py --arch resnet18 --bit 4
 """
 
 import argparse
@@ -34,26 +34,36 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--power", type=int, choices=(0, 1), help="1: scheme apot, 0: scheme uniform")
     what.add_argument("--policy", metavar="FILE", help="YAML file with rules per layer, in place of --bit and --scheme")
     what.add_argument("--dataset", help=f"one of {', '.join(DATASETS)} (default mnist)")
-    what.add_argument("--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or a download into data/")
+    what.add_argument(
+        "--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or a download into data/"
+    )
     what.add_argument("--image-size", type=int, help="resize images to this many pixels (default: as they are)")
     what.add_argument("--dry-run", action="store_true", help="print what each layer would get, and stop")
 
     how = p.add_argument_group("training")
-    how.add_argument("--recipe", help=f"{' or '.join(RECIPES)}: hyperparameters that the flags below change (default default)")
+    how.add_argument(
+        "--recipe", help=f"{' or '.join(RECIPES)}: hyperparameters that the flags below change (default default)"
+    )
     how.add_argument("--epochs", type=int, help=f"(default {d['epochs']})")
     how.add_argument("-b", "--batch-size", type=int, help=f"over all processes (default {d['batch_size']})")
     how.add_argument("--lr", type=float, help=f"peak learning rate (default {d['lr']})")
     how.add_argument("--momentum", type=float, help=f"(default {d['momentum']})")
     how.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help=f"(default {d['weight_decay']})")
     how.add_argument("--schedule", help=f"{', '.join(SCHEDULES)} (default {d['schedule']})")
-    how.add_argument("--ema", type=float, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})")
+    how.add_argument(
+        "--ema", type=float, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})"
+    )
     how.add_argument("--augment", help=f"{', '.join(AUGMENTATIONS)} (default {d['augment']})")
     how.add_argument("--label-smoothing", type=float, help=f"(default {d['label_smoothing']})")
     how.add_argument("--clip-init", help=f"{', '.join(CLIP_INITS)} (default {d['clip_init']})")
-    how.add_argument("--clip-lr", type=float, metavar="FACTOR", help=f"of the clips' learning rate (default {d['clip_lr']})")
+    how.add_argument(
+        "--clip-lr", type=float, metavar="FACTOR", help=f"of the clips' learning rate (default {d['clip_lr']})"
+    )
     how.add_argument("--pretrained", metavar="CKPT", help="start from these weights: float, other bits, or published")
     how.add_argument("--teacher", metavar="CKPT", help="distil from this float network")
-    how.add_argument("--teacher-weight", type=float, help=f"share of distillation in the loss (default {d['teacher_weight']})")
+    how.add_argument(
+        "--teacher-weight", type=float, help=f"share of distillation in the loss (default {d['teacher_weight']})"
+    )
     how.add_argument("--temperature", type=float, help=f"of the distillation (default {d['temperature']})")
     how.add_argument("--seed", type=int, help=f"(default {d['seed']})")
     how.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
@@ -67,7 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--gpu", type=int, metavar="N", help="short for --device cuda:N")
     run.add_argument("-j", "--workers", type=int, default=0, help="processes that decode a folder's images (default 0)")
     run.add_argument("-p", "--print-freq", type=int, default=100, help="steps between lines of progress (default 100)")
-    run.add_argument("--profile", action="store_true", help="write a trace of some steps for the PyTorch Profiler plugin")
+    run.add_argument(
+        "--profile", action="store_true", help="write a trace of some steps for the PyTorch Profiler plugin"
+    )
     return p
 
 
@@ -77,7 +89,9 @@ def explicit_settings(args: argparse.Namespace) -> dict:
     if "power" in args:
         scheme = "apot" if args.power else "uniform"
         if given.setdefault("scheme", scheme) != scheme:
-            raise ApotfxError(f"--power {args.power} means --scheme {scheme}, got --scheme {given['scheme']}; give one of them")
+            raise ApotfxError(
+                f"--power {args.power} means --scheme {scheme}, got --scheme {given['scheme']}; give one of them"
+            )
     if "policy" in given:
         given["policy"] = BitPolicy.from_yaml(given["policy"]).to_dict()
     return given
@@ -96,8 +110,8 @@ def require_same(checkpoint: Checkpoint, given: dict, flag: str, keys: set[str] 
         if (keys is None or key in keys) and getattr(config, key) != value:
             name = key.replace("_", "-")
             raise ApotfxError(
-                f"--{name} {value}: {checkpoint.path} was made with --{name} {getattr(config, key)}; leave the flag out, "
-                f"or start a new run without {flag}"
+                f"--{name} {value}: {checkpoint.path} was made with --{name} {getattr(config, key)}; leave the flag "
+                f"out, or start a new run without {flag}"
             )
     return config
 

@@ -35,8 +35,15 @@ class ResNet(nn.Module):
     Shapes: images [B, C, H, W] -> logits [B, num_classes], for any H and W.
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: Sequence[int], *, in_channels: int,
-                 num_classes: int, small_stem: bool):
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: Sequence[int],
+        *,
+        in_channels: int,
+        num_classes: int,
+        small_stem: bool,
+    ):
         super().__init__()
         kernel_size, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, kernel_size, stride, kernel_size // 2, bias=False)
@@ -67,16 +74,15 @@ class ResNet(nn.Module):
 def build_resnet(name: str, *, in_channels: int, num_classes: int) -> ResNet:
     """The ResNet called `name`, a key of `RESNETS`."""
     block, depths = RESNETS[name]
-    return ResNet(block, depths, in_channels=in_channels, num_classes=num_classes,
-                  small_stem=name in CIFAR_RESNETS)
+    return ResNet(block, depths, in_channels=in_channels, num_classes=num_classes, small_stem=name in CIFAR_RESNETS)
 
 
-def _stage(block: type[BasicBlock | Bottleneck], channels: int, planes: int, depth: int,
-           stride: int) -> nn.Sequential:
+def _stage(block: type[BasicBlock | Bottleneck], channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or channels != out_channels:
-        downsample = nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride, bias=False),
-                                   nn.BatchNorm2d(out_channels))
+        downsample = nn.Sequential(
+            nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
     rest = [block(out_channels, planes) for _ in range(depth - 1)]
     return nn.Sequential(block(channels, planes, stride, downsample), *rest)

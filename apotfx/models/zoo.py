@@ -60,8 +60,7 @@ def _unknown(arch: str) -> str:
     return f"unknown network {arch!r}: {hint}apotfx.models.list_models() lists all of them"
 
 
-def _fitted_torchvision_model(name: str, in_channels: int, num_classes: int,
-                              image_size: int) -> tuple[nn.Module, int]:
+def _fitted_torchvision_model(name: str, in_channels: int, num_classes: int, image_size: int) -> tuple[nn.Module, int]:
     model = None
     sizes = [image_size, *(size for size in IMAGE_SIZES if size > image_size)]
     for size in sizes:
@@ -72,8 +71,9 @@ def _fitted_torchvision_model(name: str, in_channels: int, num_classes: int,
             return model.train(), size
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())
-    raise ApotfxError(f"{PREFIX}{name} takes none of the image sizes {sizes} ({reason}); "
-                      "choose another network or another image size")
+    raise ApotfxError(
+        f"{PREFIX}{name} takes none of the image sizes {sizes} ({reason}); choose another network or another image size"
+    )
 
 
 def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
@@ -92,15 +92,28 @@ def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size
 def _replace_first_conv(model: nn.Module, in_channels: int) -> None:
     path, conv = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     if conv.in_channels != in_channels:
-        model.set_submodule(path, nn.Conv2d(
-            in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode))
+        model.set_submodule(
+            path,
+            nn.Conv2d(
+                in_channels,
+                conv.out_channels,
+                conv.kernel_size,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                conv.bias is not None,
+                conv.padding_mode,
+            ),
+        )
 
 
 def _run_on_meta(model: nn.Module, in_channels: int, image_size: int) -> None:
     """Pass one image's shape through `model`, put in evaluation mode; raises what the network raises."""
-    meta = {name: torch.empty_like(tensor, device="meta")
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    meta = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
     image = torch.empty(1, in_channels, image_size, image_size, device="meta")
     with torch.no_grad():
         torch.func.functional_call(model.eval(), meta, image)

@@ -32,10 +32,13 @@ class Augment:
 
     def __post_init__(self):
         _require(0 <= self.degrees <= 180, "degrees", self.degrees, "0 to 180")
-        _require(0 <= self.translate < 1, "translate", self.translate,
-                 "a fraction of the size, 0 <= translate < 1")
-        _require(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "scale", self.scale,
-                 "(low, high) with 0 < low <= high")
+        _require(0 <= self.translate < 1, "translate", self.translate, "a fraction of the size, 0 <= translate < 1")
+        _require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
+            "scale",
+            self.scale,
+            "(low, high) with 0 < low <= high",
+        )
         _require(0 <= self.shear < 90, "shear", self.shear, "degrees, 0 <= shear < 90")
 
     @classmethod
@@ -56,8 +59,9 @@ class Augment:
         return cls(translate=0.125, scale=(0.9, 1.1), flip=True)
 
 
-def augment_batch(images: Tensor, augment: Augment, generator: torch.Generator, *, rank: int = 0,
-                  world_size: int = 1) -> Tensor:
+def augment_batch(
+    images: Tensor, augment: Augment, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
+) -> Tensor:
     """Transform every image by its own draw, bilinearly, with zeros from outside; `images` do not change.
 
     The parameters are drawn for all ranks' images and each rank takes its own, so that together the ranks see
@@ -76,7 +80,7 @@ def augment_batch(images: Tensor, augment: Augment, generator: torch.Generator, 
     if augment == Augment.none():
         return images
     uniform = torch.rand(len(images) * world_size, 6, generator=generator)
-    uniform = uniform[rank * len(images):(rank + 1) * len(images)]
+    uniform = uniform[rank * len(images) : (rank + 1) * len(images)]
     return warp(images, _draw(augment, uniform))
 
 

@@ -36,7 +36,9 @@ def with_published_policy(config: TrainConfig, pretrained: Checkpoint | None) ->
     return replace(config, policy=BitPolicy.published(config.bit, config.scheme).to_dict())
 
 
-def build_network(config: TrainConfig, dataset: Dataset, device: torch.device, pretrained: Checkpoint | None) -> Network:
+def build_network(
+    config: TrainConfig, dataset: Dataset, device: torch.device, pretrained: Checkpoint | None
+) -> Network:
     """The network to train: fresh or from `pretrained`, quantized, its clips initialised.
 
     From a checkpoint at other bits, or a float one, the weights carry over, and the clips where both have them.

@@ -85,9 +85,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state = content["ema"] if content.get("ema") is not None else content["model"]
         config = TrainConfig.from_dict(content["config"], f"checkpoint {path}")
         return Checkpoint(path, state, config, content if "optimizer" in content else None)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict) and is_published(content["state_dict"]):
+    if (
+        isinstance(content, dict)
+        and isinstance(content.get("state_dict"), dict)
+        and is_published(content["state_dict"])
+    ):
         return Checkpoint(path, convert_published(content["state_dict"]), None, None)
-    raise ApotfxError(f"checkpoint {path}: not one of this tool's nor a published one; expected checkpoint.pt or best.pt of a run")
+    raise ApotfxError(
+        f"checkpoint {path}: not one of this tool's nor a published one; expected checkpoint.pt or best.pt of a run"
+    )
 
 
 def load_state(model: nn.Module, checkpoint: Checkpoint, *, carry_over: bool = False) -> None:
@@ -103,7 +109,9 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, carry_over: bool = F
     expected, state = model.state_dict(), checkpoint.state
     if carry_over:
         fits = {k for k in expected if k in state and state[k].shape == expected[k].shape}
-        expected, state = ({k: v for k, v in d.items() if k in fits or "_quantizer." not in k} for d in (expected, state))
+        expected, state = (
+            {k: v for k, v in d.items() if k in fits or "_quantizer." not in k} for d in (expected, state)
+        )
     for name in [*expected, *(key for key in state if key not in expected)]:
         wanted, got = (tuple(d[name].shape) if name in d else "absent" for d in (expected, state))
         if wanted != got:

@@ -32,8 +32,7 @@ MAX_FOLDER_IMAGE_SIZE = 224
 VALIDATION_SEED = 0
 MAX_VALIDATION_IMAGES = 5000
 
-_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
-              "t10k-labels-idx1-ubyte")
+_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 _SOURCES = {
     "mnist": (datasets.MNIST, "MNIST/raw", _IDX_FILES),
@@ -87,16 +86,14 @@ class Dataset:
     @property
     def all_train(self) -> Split:
         """Training and validation images: the published MNIST table is accuracy on all of them."""
-        return Split(torch.cat([self.train.images, self.val.images]),
-                     torch.cat([self.train.labels, self.val.labels]))
+        return Split(torch.cat([self.train.images, self.val.images]), torch.cat([self.train.labels, self.val.labels]))
 
 
 class _NotFoundError(ApotfxError):
     """The data set is neither on disk nor to be had from the network."""
 
 
-def load_dataset(name: str | None, root: Path | None, *, image_size: int | None = None,
-                 workers: int = 0) -> Dataset:
+def load_dataset(name: str | None, root: Path | None, *, image_size: int | None = None, workers: int = 0) -> Dataset:
     """Load a data set into memory.
 
     Validation takes min(5000, n // 10) of the n training images, always the same ones; a folder that has
@@ -135,10 +132,15 @@ def load_dataset(name: str | None, root: Path | None, *, image_size: int | None 
 
 def _warn_of_digits(error: Exception) -> None:
     line = "*" * 100
-    print(line, f"WARNING: {error}",
-          "WARNING: using scikit-learn's 8x8 digits (1,797 images) in place of MNIST.",
-          "WARNING: the results are marked 'digits' and cannot be compared with results on MNIST.",
-          line, sep="\n", file=sys.stderr)
+    print(
+        line,
+        f"WARNING: {error}",
+        "WARNING: using scikit-learn's 8x8 digits (1,797 images) in place of MNIST.",
+        "WARNING: the results are marked 'digits' and cannot be compared with results on MNIST.",
+        line,
+        sep="\n",
+        file=sys.stderr,
+    )
 
 
 def _load_torchvision(name: str, root: Path | None, image_size: int | None) -> Dataset:
@@ -161,9 +163,11 @@ def _find(name: str, root: Path | None) -> Path:
             return directory
         except Exception as error:  # whatever the network, the disk or torchvision has to say
             reason += f" and could not download it ({_one_line(error)})"
-    raise _NotFoundError(f"{name}: {reason}; put the unpacked files {', '.join(files)} into "
-                         f"{directory / folder}, name another directory with --data DIR or APOTFX_DATA, "
-                         "or use --dataset digits")
+    raise _NotFoundError(
+        f"{name}: {reason}; put the unpacked files {', '.join(files)} into "
+        f"{directory / folder}, name another directory with --data DIR or APOTFX_DATA, "
+        "or use --dataset digits"
+    )
 
 
 def _download(name: str, source: type, directory: Path) -> None:
@@ -188,8 +192,7 @@ def _read(name: str, directory: Path, *, train: bool) -> Split:
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images.movedim(-1, 1) if images.ndim == 4 else images[:, None]
     if len(images) != len(labels) or not len(images):
-        raise ApotfxError(f"{where} has {len(images)} images and {len(labels)} labels, expected one each; "
-                          f"{fix}")
+        raise ApotfxError(f"{where} has {len(images)} images and {len(labels)} labels, expected one each; {fix}")
     if images.shape[2] != images.shape[3]:
         raise ApotfxError(f"{where} has images of {tuple(images.shape[2:])} pixels, expected squares; {fix}")
     if labels.min() < 0 or labels.max() > 9:
@@ -222,8 +225,10 @@ def _load_folder(root: Path | None, image_size: int | None, workers: int) -> Dat
     for name, folder in folders.items():
         odd = sorted(set(classes) ^ set(folder.classes))
         if odd:
-            raise ApotfxError(f"{paths[name]} and {paths['train']} differ in the class {odd[0]!r}; "
-                              "expected the same class folders in both")
+            raise ApotfxError(
+                f"{paths[name]} and {paths['train']} differ in the class {odd[0]!r}; "
+                "expected the same class folders in both"
+            )
     size = image_size or min(*_open_rgb(folders["train"].samples[0][0]).size, MAX_FOLDER_IMAGE_SIZE)
     _check_memory(sum(map(len, folders.values())), 3, size)
     splits = {name: _decode(folder, size, workers) for name, folder in folders.items()}
@@ -284,8 +289,9 @@ def _dataset(name: str, train: Split, val: Split | None, test: Split, num_classe
 def _hold_out(name: str, split: Split) -> tuple[Split, Split]:
     num_val = min(MAX_VALIDATION_IMAGES, len(split) // 10)
     if not num_val:
-        raise ApotfxError(f"{name}: {len(split)} training images, expected at least 10, to hold some out for "
-                          "validation; add images")
+        raise ApotfxError(
+            f"{name}: {len(split)} training images, expected at least 10, to hold some out for validation; add images"
+        )
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(VALIDATION_SEED))
     return _subset(split, order[num_val:]), _subset(split, order[:num_val])
 
@@ -330,8 +336,10 @@ def _check_memory(count: int, channels: int, size: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = count * channels * size * size
     if needed > memory / 2:
-        raise ApotfxError(f"{count} images of {channels}x{size}x{size} take {needed / 2**30:.1f} GiB, "
-                          f"expected at most half the memory, {memory / 2**31:.1f} GiB; lower --image-size")
+        raise ApotfxError(
+            f"{count} images of {channels}x{size}x{size} take {needed / 2**30:.1f} GiB, "
+            f"expected at most half the memory, {memory / 2**31:.1f} GiB; lower --image-size"
+        )
 
 
 def _one_line(error: Exception) -> str:
@@ -360,9 +368,20 @@ class TrainBatches:
         ApotfxError: `batch_size` exceeds the number of images or does not divide among the processes.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, seed: int, augment: Augment, mean: tuple[float, ...],
-                 std: tuple[float, ...], image_size: int, device: torch.device | str, rank: int = 0,
-                 world_size: int = 1):
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Augment,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if not 1 <= batch_size <= len(split):
             raise ApotfxError(f"--batch-size {batch_size}: expected 1 to {len(split)}, the number of images")
         if batch_size % world_size:
@@ -388,16 +407,25 @@ class TrainBatches:
         share = self.batch_size // self.world_size
         for step in range(start, len(self)):
             first = step * self.batch_size + self.rank * share
-            indices = order[first:first + share]
+            indices = order[first : first + share]
             generator = _generator(self.seed, epoch, step)
-            images = augment_batch(_to_float(self.images[indices]), self.augment, generator, rank=self.rank,
-                                   world_size=self.world_size)
+            images = augment_batch(
+                _to_float(self.images[indices]), self.augment, generator, rank=self.rank, world_size=self.world_size
+            )
             yield _normalize(_resize(images, self.image_size), self.mean, self.std), self.labels[indices]
 
 
-def eval_batches(split: Split, *, batch_size: int, mean: tuple[float, ...], std: tuple[float, ...],
-                 image_size: int, device: torch.device | str, rank: int = 0,
-                 world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: int,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a rank's share of `split` in order, every image once; the arguments are those of `TrainBatches`.
 
     Yields:

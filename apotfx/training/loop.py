@@ -62,7 +62,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     decays = {"weights": config.weight_decay}
     default = config.weight_decay if config.decay_all else 0.0
     return [
-        {"params": p, "weight_decay": decays.get(kind, default), "lr_factor": config.clip_lr if kind == "clips" else 1.0}
+        {
+            "params": p,
+            "weight_decay": decays.get(kind, default),
+            "lr_factor": config.clip_lr if kind == "clips" else 1.0,
+        }
         for kind, p in groups.items()
         if p
     ]
@@ -230,7 +234,9 @@ class Trainer:
         if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
             if self.processes.is_main:
-                save_checkpoint(run_dir / "best.pt", self._identity() | {"model": self.evaluated.state_dict()} | self.best)
+                save_checkpoint(
+                    run_dir / "best.pt", self._identity() | {"model": self.evaluated.state_dict()} | self.best
+                )
         self.save(run_dir)
         if self.processes.is_main:
             lr = self.optimizer.param_groups[0]["lr"]
@@ -297,7 +303,9 @@ class Trainer:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_count"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.best, self.running = (state[key] for key in ("step", "seconds", "best", "running"))
+        self.step, self.seconds, self.best, self.running = (
+            state[key] for key in ("step", "seconds", "best", "running")
+        )
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -315,7 +323,9 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     found = []
     hooks = [
         module.register_forward_hook(
-            lambda _, __, output, name=name: None if found or _is_finite(output) else found.append(f"the output of {name}")
+            lambda _, __, output, name=name: (
+                None if found or _is_finite(output) else found.append(f"the output of {name}")
+            )
         )
         for name, module in model.named_modules()
         if name and not list(module.children()) or hasattr(module, "weight_quantizer")
@@ -337,7 +347,7 @@ def _is_finite(output: object) -> bool:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """While active, SIGINT and SIGTERM only set a flag; yields the function that reads it. A second one acts at once."""
+    """While active, SIGINT and SIGTERM only set a flag; yields what reads it. A second one acts at once."""
     received = []
 
     def handle(number: int, frame: object) -> None:
@@ -371,6 +381,9 @@ def _progress(
 
     def line(step: int, metrics: dict[str, float]) -> None:
         if step % print_freq == 0 and step < steps:
-            print(f"epoch {epoch + 1} step {step}/{steps}  loss {metrics['loss']:.4f}  train {metrics['accuracy']:.2f}%", flush=True)
+            print(
+                f"epoch {epoch + 1} step {step}/{steps}  loss {metrics['loss']:.4f}  train {metrics['accuracy']:.2f}%",
+                flush=True,
+            )
 
     return line

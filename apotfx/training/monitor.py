@@ -22,13 +22,13 @@ from torch.profiler import ProfilerActivity
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from ..calibrate import observed_inputs, sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
 from ..levels import LevelSet
 from ..policy import Plan
 from ..quantizers import Quantizer
 
-SAMPLES = 2**16  # elements of a tensor that its statistics are taken from
 HISTOGRAM_BINS = 64
 PICTURE_WIDTH, ROW_HEIGHT = 768, 12  # in pixels: three columns for each of the 255 levels of 8 bits
 SEPARATOR = 0.3  # brightness of the line above each row
@@ -132,7 +132,7 @@ class Monitor:
         with torch.no_grad():
             weight, rescale = layer.normalized_weight()
         clip = layer.weight_quantizer.used_clip
-        measured = _measure(layer.weight_quantizer, _sample(weight), _sample(clip.expand_as(weight)))
+        measured = _measure(layer.weight_quantizer, sample(weight), sample(clip.expand_as(weight)))
         self._quantizer(f"{name}/weight", measured, step)
         for which, values in (("float", measured.values), ("quantized", measured.quantized)):
             finite = values[values.isfinite()] * rescale.cpu()
@@ -187,18 +187,6 @@ def _hparam(value: object) -> int | float | str:
     return value if is_number else str(value)
 
 
-def _sample(x: Tensor) -> Tensor:
-    """At most SAMPLES elements of x, evenly spread, as a copy of shape [n].
-
-    Their distance has no factor in common with the number of elements, so that no channel and no column of an
-    image is preferred.
-    """
-    distance = -(-x.numel() // SAMPLES)
-    while math.gcd(distance, x.numel()) > 1:
-        distance += 1
-    return x.detach().flatten()[::distance].clone()
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
@@ -213,22 +201,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _observe_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """A sample of the input of every quantized layer, by the layer's name, in order of execution."""
-    samples: dict[str, list[Tensor]] = {}
-
-    def observe(name: str, module: nn.Module, args: tuple) -> None:
-        samples.setdefault(name, []).append(_sample(args[0]))
-
-    hooks = [
-        module.register_forward_pre_hook(functools.partial(observe, name))
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLayer)
-    ]
-    try:
-        with _evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    with observed_inputs(layers) as samples, _evaluating(model):
+        model(images)
     return {name: torch.cat(parts) for name, parts in samples.items()}
 
 

@@ -36,7 +36,9 @@ def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise ApotfxError(f"--name {name}: {path} exists; choose another name, or continue it with --resume {path}") from None
+            raise ApotfxError(
+                f"--name {name}: {path} exists; choose another name, or continue it with --resume {path}"
+            ) from None
         return path
     kind = "float" if config.bit == 32 else f"{config.scheme}{config.bit}"
     base = f"{config.arch.replace('/', '-')}-{kind}-{dataset}"
@@ -69,7 +71,16 @@ def write_config(run_dir: Path, config: TrainConfig, dataset: str, device: torch
 def _git_commit() -> str | None:
     """The commit of the checkout that this file lies in, with `+changes` where it has any; None outside of one."""
     try:
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        describe = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty=+changes",
+            "--exclude=*",
+        ]
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -97,7 +108,8 @@ def report(
     model = network.qmodel
     splits = {"test_acc": dataset.test, "train_acc": dataset.all_train, "val_acc": dataset.val}
     accuracies = {
-        key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4) for key, split in splits.items()
+        key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4)
+        for key, split in splits.items()
     }
     result = {
         "dataset": dataset.name, "arch": config.arch, "bit": config.bit, "scheme": config.scheme, "recipe": config.recipe,
@@ -126,12 +138,19 @@ def verify_export(
     qmodel.eval()
     correct = 0
     for images, labels in eval_batches(
-        dataset.test, batch_size=EVAL_BATCH_SIZE, mean=dataset.mean, std=dataset.std, image_size=image_size, device=device
+        dataset.test,
+        batch_size=EVAL_BATCH_SIZE,
+        mean=dataset.mean,
+        std=dataset.std,
+        image_size=image_size,
+        device=device,
     ):
         logits, expected = imodel(images), qmodel(images)
         if not torch.equal(logits, expected):
             difference = (logits - expected).abs().max().item()
-            raise RuntimeError(f"{path}: the reloaded network's logits differ from the quantized model's by up to {difference:g}")
+            raise RuntimeError(
+                f"{path}: the reloaded network's logits differ from the quantized model's by up to {difference:g}"
+            )
         correct += (logits.argmax(1) == labels).sum().item()
     return 100 * correct / len(dataset.test)
 
