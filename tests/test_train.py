@@ -136,6 +136,12 @@ def test_evaluate_agrees_with_the_run_and_leaves_it_alone(run_4_bit, capsys):
     ).read_bytes()
 
 
+def test_a_run_stopped_before_its_result_still_gets_it(run_4_bit):
+    shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
+    assert train.main(["--resume", "run"]) == 0
+    assert json.loads(Path("run/result.json").read_text()) == json.loads((run_4_bit / "result.json").read_text())
+
+
 def test_names_are_made_up_and_numbered():
     for _ in range(2):
         assert call("--bit", 3, "--epochs", 1, "--scheme", "uniform") == 0
@@ -284,6 +290,7 @@ class Bomb:
         ("--resume best.pt", "--resume best.pt: holds weights only"),
         ("--resume run --lr 0.5", "--lr 0.5: run/checkpoint.pt was made with --lr 0.1"),
         ("--resume run --epochs 9", "--epochs 9: run/checkpoint.pt was made with --epochs 2"),
+        ("--resume finished", "--resume finished: the run is finished; -e --resume finished evaluates it"),
         ("--resume run --name other", "--name other: a resumed run keeps its directory"),
         ("--teacher best.pt", "--teacher best.pt: is not a float network"),
         ("--data . --dataset mnist", "mnist: found no MNIST/raw/train-images-idx3-ubyte"),
@@ -293,7 +300,8 @@ class Bomb:
     ],
 )
 def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, capsys):
-    shutil.copytree(run_4_bit, "run")
+    shutil.copytree(run_4_bit, "finished")
+    shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
     shutil.copy(run_4_bit / "best.pt", "best.pt")
     Path("truncated.pt").write_bytes(Path("best.pt").read_bytes()[:-1000])
     torch.save({"model": Bomb()}, "evil.pt")

@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
         raise ApotfxError("--evaluate: nothing to evaluate; pass --pretrained CKPT or --resume RUN")
     if resume is not None and resume.resume is None:
         raise ApotfxError(f"--resume {args.resume}: holds weights only; pass a run's directory or its checkpoint.pt")
+    if resume is not None and evaluated is None and (resume.path.parent / "result.json").exists():
+        raise ApotfxError(f"--resume {args.resume}: the run is finished; -e --resume {args.resume} evaluates it")
     if resume is not None and "name" in args and evaluated is None:
         raise ApotfxError(f"--name {args.name}: a resumed run keeps its directory; leave the flag out")
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -117,6 +118,7 @@ def report(
     }  # fmt: skip
     if run_dir is not None and processes.is_main:
         if is_quantized(model):
+            shutil.rmtree(run_dir / "integer", ignore_errors=True)  # of a run that was stopped before its result
             export_integer(model, run_dir / "integer")
             result["integer_test_acc"] = round(
                 verify_export(run_dir / "integer", model, network.float_model, dataset, network.image_size, device), 4
