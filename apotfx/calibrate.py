@@ -1,65 +1,18 @@
-"""Initial clips from data."""
+"""Initial clips of a whole network, from its weights and from batches."""
 
 import functools
 import inspect
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
+from .clips import fit_clip, sample
 from .errors import ApotfxError
 from .layers import QuantLayer
-from .levels import LevelSet
 
 METHODS = ("mse", "paper")
-SAMPLES = 2**16  # elements of a tensor that a clip is fitted to, and of an activation kept per batch
-# Clips tried, as fractions of the largest magnitude, in steps of 1/12 octave; 1 is one of them. Beyond it as the levels
-# of apot are sparse near the clip: from 5 magnitude bits on up to three times the largest magnitude fits best.
-CANDIDATES = torch.logspace(-5, 1.75, 82, base=2)
-REFINEMENT = torch.logspace(-1 / 12, 1 / 12, 9, base=2)  # between the neighbours of the best of them
-
-
-@torch.no_grad()
-def fit_clip(x: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
-    """The clip that minimizes the mean squared quantization error of x.
-
-    Args:
-        x: any shape; [C, ...] with a clip per channel.
-        levels: the level set.
-        shape: of the clip: [] or [C, 1, ...].
-
-    Returns:
-        A float tensor of `shape`. Where x has nothing to represent (all zero, or nothing positive for an
-        unsigned set) the clip is 1.
-    """
-    rows = x.detach().float().reshape(shape[0], -1) if shape else sample(x).float().unsqueeze(0)
-    largest = rows.abs().amax(1, keepdim=True) if levels.signed else rows.amax(1, keepdim=True)
-    something = largest > 0
-    largest = torch.where(something, largest, 1.0)
-    encoding = F.Levels.of(levels, x.device)
-    best, best_error = largest, torch.full_like(largest, torch.inf)
-    for fractions in (CANDIDATES, REFINEMENT):
-        start = best
-        for fraction in fractions.tolist():
-            clip = start * fraction
-            error = (F.fake_quantize(rows, clip, encoding) - rows).square().mean(1, keepdim=True)
-            best = torch.where(error < best_error, clip, best)
-            best_error = torch.minimum(error, best_error)
-    return torch.where(something, best, 1.0).reshape(shape)
-
-
-def sample(x: Tensor) -> Tensor:
-    """At most SAMPLES elements of x, evenly spread, as a copy of shape [n].
-
-    The distance between them has no factor in common with their number, so that no column of an image is preferred.
-    """
-    distance = max(1, -(-x.numel() // SAMPLES))
-    while distance > 1 and math.gcd(distance, x.numel()) > 1:
-        distance += 1
-    return x.detach().flatten()[::distance].clone()
 
 
 @contextmanager
@@ -103,6 +56,8 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
     """
     if method not in METHODS:
         raise ApotfxError(f"calibration method {method!r}: unknown; choose one of {', '.join(METHODS)}")
+    if isinstance(batches, Tensor):
+        raise ApotfxError("calibrate: batches is one tensor, expected an iterable of inputs; pass [x]")
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers:
         raise ApotfxError("calibrate: the model has no quantized layer; pass what apotfx.quantize returned")
@@ -124,6 +79,8 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
         if name not in samples:
             raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
         x = torch.cat(samples[name])
+        if not x.numel():
+            raise ApotfxError(f"layer {name}: its input during calibration is empty; pass at least one image")
         if not x.isfinite().all():
             raise ApotfxError(
                 f"layer {name}: its input during calibration is not finite; check the batches and weights"
@@ -142,7 +99,7 @@ def _observe_float(qmodel: nn.Module, layers: dict[str, QuantLayer], batches: It
         with observed_inputs(layers) as samples:
             for batch in batches:
                 inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
-                _require_inputs(qmodel, len(inputs))
+                _require_inputs(qmodel, inputs)
                 qmodel(*inputs)
     finally:
         for name, quantizer in quantizers.items():
@@ -152,7 +109,11 @@ def _observe_float(qmodel: nn.Module, layers: dict[str, QuantLayer], batches: It
     return samples
 
 
-def _require_inputs(qmodel: nn.Module, count: int) -> None:
+def _require_inputs(qmodel: nn.Module, inputs: tuple | list) -> None:
+    count = len(inputs)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        found = ", ".join(type(x).__name__ for x in inputs)
+        raise ApotfxError(f"calibrate: a batch holds {found}; expected tensors, one per input of the model")
     accepted = len(inspect.signature(qmodel.forward).parameters)
     if count > accepted:
         raise ApotfxError(

@@ -9,9 +9,16 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, flush it to disk, rename it over `path`.
 
     Raises:
-        OSError: the write failed (disk full, no permission); `path` is then as it was before.
+        OSError: the write failed (disk full, no permission), with `path`, which is then as it was before.
     """
     path = Path(path)
+    try:
+        _write_and_rename(path, data)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

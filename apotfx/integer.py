@@ -8,6 +8,7 @@ float layers. `manifest.json` says what the codes mean. Nothing is pickled.
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
-from .analysis import batch_norm_after
+from .analysis import BATCH_NORMS, batch_norm_after
 from .errors import ApotfxError
 from .functional import accumulator_bound
 from .layers import QUANT_LAYERS, Geometry, IntegerLayer, QuantLayer
@@ -91,6 +92,7 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike) -> Path:
         "version": VERSION,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "layers": [_describe(name, layer, batch_norms.get(name)) for name, layer in layers.items()],
+        "graph": _describe_graph(qmodel),
         "tensors": {k: {"shape": list(v.shape), "dtype": _dtype_name(v)} for k, v in tensors.items()},
     }
     manifest["manifest_sha256"] = _manifest_checksum(manifest)
@@ -113,6 +115,46 @@ def _float_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Te
         quantized += [key for key in layer.state_dict() if key.startswith(("weight_quantizer.", "input_quantizer."))]
         replaced |= {f"{name}.{key}" for key in quantized}
     return {key: value for key, value in model.state_dict().items() if key not in replaced}
+
+
+def _describe_graph(graph_module: fx.GraphModule) -> list[dict]:
+    """A dict per node: what it calls, with which inputs and constants; a quantized layer counts as the float one."""
+    modules = dict(graph_module.named_modules())
+    nodes = []
+    for node in graph_module.graph.nodes:
+        entry = {"name": node.name, "calls": str(getattr(node.target, "__name__", node.target))}
+        entry["arguments"] = f"{node.args} {node.kwargs}"
+        if node.op == "call_module":
+            module = modules[node.target]
+            quantized = isinstance(module, QuantLayer)
+            batch_norm = isinstance(module, BATCH_NORMS)  # a synchronized one computes the same
+            kind = module.float_type if quantized else BATCH_NORMS if batch_norm else type(module)
+            entry["type"] = kind.__name__
+            entry["settings"] = {} if quantized else _settings(module)
+        nodes.append(entry)
+    return json.loads(json.dumps(nodes))  # as it will be read: lists for tuples
+
+
+def _settings(module: nn.Module) -> dict:
+    plain = (bool, int, float, str, tuple, type(None))
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
+
+
+def _require_same_graph(manifest: dict, found: list[dict], path: str | os.PathLike) -> None:
+    stored = manifest["graph"]
+    exported = {entry["name"] for entry in manifest["layers"]}
+    for i in range(max(len(stored), len(found))):
+        a, b = (dict(nodes[i]) if i < len(nodes) else {"name": "the end"} for nodes in (stored, found))
+        # Settings are compared where both have them: versions of torch may add some.
+        settings = [d.pop("settings", {}) for d in (a, b)]
+        shared = {} if a.get("calls") in exported else settings[0].keys() & settings[1].keys()
+        differs = a != b or any(settings[0][key] != settings[1][key] for key in shared)
+        if differs:
+            here, there = (f"{d['name']} ({d.get('type', d.get('calls', '-'))})" for d in (a, b))
+            raise ApotfxError(
+                f"export {path}: its network has {here} where the model has {there}, or with other settings; pass the "
+                "float model that was exported"
+            )
 
 
 def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | None) -> dict:
@@ -244,8 +286,9 @@ def _read_file(path: Path) -> bytes:
 
 
 def _read_manifest(path: Path) -> dict:
+    content = _read_file(path)
     try:
-        manifest = json.loads(_read_file(path))
+        manifest = json.loads(content)
     except ValueError as error:
         raise ApotfxError(f"{path}: not JSON ({error}); it was altered or truncated") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -287,6 +330,7 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
     for entry in manifest["layers"]:
         name = entry["name"]
         layers[name] = _integer_layer(entry, _matching_layer(imodel, entry, path), tensors)
+    graph = _describe_graph(imodel)
     swap_layers(imodel, layers)
     state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
@@ -296,6 +340,7 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
             raise ApotfxError(
                 f"export {path}: {name} is {got}, the model has {expected}; pass the model that was exported"
             )
+    _require_same_graph(manifest, graph, path)
     imodel.load_state_dict(stored, strict=False)
     return imodel.eval().requires_grad_(False)
 
@@ -316,8 +361,15 @@ def _matching_layer(model: fx.GraphModule, entry: dict, path: str | os.PathLike)
 def _integer_layer(entry: dict, layer: nn.Module, tensors: dict[str, Tensor]) -> IntegerLayer:
     name, device = entry["name"], layer.weight.device
     weight, inputs = entry["weight"], entry["input"]
+    channels = entry["shape"][0]
+    for kind, quantizer in (("weight", weight), ("input", inputs)):
+        for key, values in ({} if quantizer is None else {k: quantizer[k] for k in ("clip", "scale")}).items():
+            if len(values) not in (1, channels) or not all(0 < value < math.inf for value in values):
+                raise ApotfxError(
+                    f"{MANIFEST}: layer {name} has the {kind} {key} {values}, expected 1 or {channels} numbers above 0"
+                )
     scale_shape = () if weight is None or len(weight["scale"]) == 1 else (-1,) + (1,) * (len(entry["shape"]) - 1)
-    return IntegerLayer(
+    integer_layer = IntegerLayer(
         geometry=Geometry.of(layer),
         weight=tensors[f"{name}.weight"],
         weight_levels=None if weight is None else _level_set(weight),
@@ -326,3 +378,7 @@ def _integer_layer(entry: dict, layer: nn.Module, tensors: dict[str, Tensor]) ->
         input_clip=None if inputs is None else torch.tensor(inputs["clip"]).reshape(()),
         bias=tensors.get(f"{name}.bias"),
     ).to(device)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for suffix in ("", "_with_kwargs"):
+            vars(integer_layer)[hooks + suffix] = vars(layer)[hooks + suffix].copy()
+    return integer_layer

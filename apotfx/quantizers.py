@@ -5,6 +5,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from . import functional as F
+from .clips import fit_clip
 from .errors import ApotfxError
 from .levels import LevelSet
 
@@ -62,8 +63,6 @@ class Quantizer(nn.Module):
         Raises:
             ApotfxError: x is not finite.
         """
-        from .calibrate import fit_clip
-
         if not x.numel():
             return
         if not x.isfinite().all():

@@ -128,6 +128,8 @@ def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphMo
     copied = copy.deepcopy(model)
     graph_module = trace(copied)
     layers = analyze(copied, graph_module.graph)
+    if type(model) in QUANT_LAYERS:
+        raise ApotfxError(f"model: is a single {type(model).__name__}; wrap it in torch.nn.Sequential")
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(

@@ -639,3 +639,55 @@ def test_the_exports_that_the_refusals_start_from_are_fine(exported):
     assert isinstance(load_integer(path, model).fc, IntegerLayer)
     assert not torch.equal(read_integer(path)[1]["fc.weight"], read_integer(other)[1]["fc.weight"])
     assert not any(isinstance(module, QuantLayer) for module in load_integer(other, model).modules())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.GELU(), r"2 \(GELU\)"),
+        (nn.Sequential(nn.ReLU(), nn.ReLU()), r"_2_1 \(ReLU\)|_2_0 \(ReLU\)|2_0 \(ReLU\)"),
+        (nn.Hardtanh(0, 6), r"_2 \(Hardtanh\)"),
+    ],
+    ids=["another activation", "one more", "another type"],
+)
+def test_a_network_with_the_same_parameters_that_computes_something_else_is_refused(other, message, tmp_path):
+    def net(activation):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), activation, nn.Flatten(), nn.Linear(64, 3))
+
+    qmodel = calibrate(quantize(net(nn.ReLU()), BitPolicy.default(4)), [torch.rand(2, 1, 6, 6)])
+    export_integer(qmodel, tmp_path / "out")
+    load_integer(tmp_path / "out", net(nn.ReLU()))
+    with pytest.raises(ApotfxError, match=f"its network has .* where the model has .*({message})"):
+        load_integer(tmp_path / "out", net(other))
+
+
+def test_other_settings_of_a_module_are_refused(tmp_path):
+    def net(kernel):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(kernel, stride=2), nn.Flatten(), nn.Linear(16, 3))
+
+    qmodel = calibrate(quantize(net(2), BitPolicy.default(4)), [torch.rand(2, 1, 6, 6)])
+    export_integer(qmodel, tmp_path / "out")
+    with pytest.raises(ApotfxError, match=r"_1 \(MaxPool2d\) where the model has _1 \(MaxPool2d\), or with other settings"):
+        load_integer(tmp_path / "out", net(3))
+
+
+def test_hooks_of_the_float_model_go_on_working(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    qmodel = calibrate(quantize(model, BitPolicy.default(4)), [torch.rand(8, 4)]).eval()
+    export_integer(qmodel, tmp_path / "out")
+    x = torch.rand(3, 4)
+    assert torch.equal(load_integer(tmp_path / "out", model)(x), qmodel(x))
+
+
+@pytest.mark.parametrize("scale", [[float("nan")], [-1.0], [0.0], [1.0, 1.0], []], ids=str)
+def test_a_scale_that_cannot_be_is_refused(scale, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    export_integer(calibrate(quantize(model, BitPolicy.default(4)), [torch.rand(8, 4)]), tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["layers"][0]["weight"]["scale"] = scale
+    manifest["manifest_sha256"] = _manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ApotfxError, match="layer 0 has the weight scale .*, expected 1 or 4 numbers above 0"):
+        load_integer(tmp_path / "out", model)

@@ -7,7 +7,7 @@ from torch import nn
 
 from apotfx import ApotfxError, LevelSet
 from apotfx import functional as F
-from apotfx.calibrate import fit_clip
+from apotfx.clips import fit_clip
 from apotfx.layers import QUANT_LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from apotfx.quantizers import InputQuantizer, WeightQuantizer
 

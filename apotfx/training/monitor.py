@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from ..calibrate import observed_inputs, sample
+from ..calibrate import observed_inputs
+from ..clips import sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
 from ..levels import LevelSet
