@@ -142,9 +142,9 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
     """A copy of `model` whose conv and linear layers are quantized as `policy` says.
 
     Everything else that forward calls keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps
-    its parameters and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from `calibrate`, or
-    else from the first training batch; until then they are the paper's constants. All of them learn but those of the
-    first layers' inputs, which `requires_grad_` can let learn too.
+    its parameters and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from
+    `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
+    those of the first layers' inputs, which `requires_grad_` can let learn too.
 
     Args:
         model: a float module that torch.fx can trace, or a GraphModule.

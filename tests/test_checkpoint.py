@@ -2,6 +2,7 @@ import os
 import pickle
 import re
 import resource
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -53,10 +54,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, content(small()))
     before = path.read_bytes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"File too large; what was there before is kept: '.*checkpoint.pt'"):
             save_checkpoint(path, content(small(5)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -92,6 +94,21 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, share):
     with pytest.raises(ApotfxError, match=r"best\.pt: .*damaged") as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = small()
+    torch.nn.init.constant_(model.get_submodule("3").bias, float("nan"))
+    save_checkpoint(tmp_path / "x.pt", content(model))
+    with pytest.raises(ApotfxError, match="x.pt: 3.bias is not finite"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("change", [{"model": 3}, {"config": 3}, {"config": {"bit": "4"}}], ids=str)
+def test_a_checkpoint_made_by_hand_is_refused(tmp_path, change):
+    save_checkpoint(tmp_path / "x.pt", content(small()) | change)
+    with pytest.raises(ApotfxError, match="x.pt: damaged or made by hand"):
+        read_checkpoint(tmp_path / "x.pt")
 
 
 def test_a_missing_checkpoint_is_named():

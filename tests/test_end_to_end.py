@@ -1,5 +1,6 @@
 """The whole way: the README's own code, and the published networks."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,25 @@ def test_published_checkpoints_give_their_measured_accuracy(name, published_root
     assert result["test_acc"] == pytest.approx(PUBLISHED[name][1], abs=0.02)
     assert result["integer_test_acc"] == result["test_acc"]
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_a_published_checkpoint_at_other_bits_is_refused(published_root, mnist_root, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = published_root / "resnet10_4bit" / "model_best.pth.tar"
+    command = ["--arch", "resnet10", "-e", "--pretrained", path, "--data", mnist_root, "--name", "x"]
+    assert train_command().main([*map(str, command), "--bit", "3"]) == 2
+    assert "states 99.64% on the training images, but reaches" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert train_command().main([*map(str, command), "--bit", "4"]) == 0
+    result = json.loads((tmp_path / "runs" / "x" / "result.json").read_text())
+    assert (result["recipe"], result["epochs"], result["seed"]) == ("published", 25, None)
+
+
+def train_command():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "tools" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_blocks():

@@ -10,8 +10,15 @@ from helpers import LEVEL_SETS, level_set_id
 from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, quantize
-from apotfx.integer import _manifest_checksum, export_integer, load_integer, pack_codes, read_integer
-from apotfx.integer import storage_dtype, unpack_codes
+from apotfx.integer import (
+    _manifest_checksum,
+    export_integer,
+    load_integer,
+    pack_codes,
+    read_integer,
+    storage_dtype,
+    unpack_codes,
+)
 from apotfx.layers import IntegerLayer, QuantLayer
 
 every_level_set = pytest.mark.parametrize("levels", LEVEL_SETS, ids=level_set_id)
@@ -667,7 +674,9 @@ def test_other_settings_of_a_module_are_refused(tmp_path):
 
     qmodel = calibrate(quantize(net(2), BitPolicy.default(4)), [torch.rand(2, 1, 6, 6)])
     export_integer(qmodel, tmp_path / "out")
-    with pytest.raises(ApotfxError, match=r"_1 \(MaxPool2d\) where the model has _1 \(MaxPool2d\), or with other settings"):
+    with pytest.raises(
+        ApotfxError, match=r"_1 \(MaxPool2d\) where the model has _1 \(MaxPool2d\), or with other settings"
+    ):
         load_integer(tmp_path / "out", net(3))
 
 

@@ -142,6 +142,14 @@ def test_a_run_stopped_before_its_result_still_gets_it(run_4_bit):
     assert json.loads(Path("run/result.json").read_text()) == json.loads((run_4_bit / "result.json").read_text())
 
 
+def test_a_policy_of_its_own_is_named_as_such(capsys):
+    Path("policy.yaml").write_text("rules:\n- {bits: 8, scheme: uniform}\n")
+    assert call("--policy", "policy.yaml", "--bit", 2, "--epochs", 1, "--momentum", 0) == 0
+    assert "note: --policy decides about bits; --bit is not used" in capsys.readouterr().err
+    result = json.loads(Path("runs/resnet10-policy-digits/result.json").read_text())
+    assert (result["bit"], result["scheme"]) == (None, "policy")
+
+
 def test_names_are_made_up_and_numbered():
     for _ in range(2):
         assert call("--bit", 3, "--epochs", 1, "--scheme", "uniform") == 0
@@ -235,14 +243,14 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
 def test_a_stopped_run_resumes_to_the_same_weights(how, uninterrupted):
-    process = start("--name", "part")
+    process = start("--name", "part", "--device", "cpu")
     wait_for_line(process, f"epoch {random.Random(how).randint(2, 5)} step")
     time.sleep(random.Random(how).random() * 0.3)
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "continue with: python tools/train.py --resume runs/part" in err
+        assert "continue with: python tools/train.py --resume runs/part --device cpu" in err
     else:
         assert process.returncode == -signal.SIGKILL
     assert not Path("runs/part/result.json").exists()
@@ -252,6 +260,11 @@ def test_a_stopped_run_resumes_to_the_same_weights(how, uninterrupted):
     whole, part = (load(path / "checkpoint.pt") for path in (uninterrupted, Path("runs/part")))
     assert same(whole["model"], part["model"]) and same(whole["ema"], part["ema"])
     assert same(load(uninterrupted / "best.pt")["model"], load("runs/part/best.pt")["model"])
+    steps = [
+        [event.step for event in EventAccumulator(str(path)).Reload().Scalars("val/accuracy")]
+        for path in (uninterrupted, Path("runs/part"))
+    ]
+    assert steps[0] == steps[1] and len(steps[0]) == 6
     results = [json.loads((path / "result.json").read_text()) for path in (uninterrupted, Path("runs/part"))]
     assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
 
@@ -297,12 +310,27 @@ class Bomb:
         ("--data corrupt --dataset mnist", "corrupt/MNIST/raw: the training split of mnist is damaged"),
         ("--batch-size 5000", "--batch-size 5000: expected 1 to"),
         ("--name taken", "--name taken: runs/taken exists"),
+        ("--name ../elsewhere", "--name '../elsewhere': expected the name of one directory in runs"),
+        ("--print-freq 0", "--print-freq 0: expected at least 1"),
+        ("-j -1", "--workers -1: expected at least 0"),
+        ("--seed -1", "--seed -1: expected 0 to"),
+        ("--pretrained flipped.pt", "checkpoint flipped.pt: damaged"),
+        (
+            "--teacher float.pt",
+            "--teacher float.pt: was trained with --image-size 16, the student with --image-size 20",
+        ),
+        ("--resume without-best", "--resume without-best: best.pt is missing"),
     ],
 )
-def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, capsys):
+def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, capsys):
     shutil.copytree(run_4_bit, "finished")
     shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
     shutil.copy(run_4_bit / "best.pt", "best.pt")
+    shutil.copytree("run", "without-best", ignore=shutil.ignore_patterns("best.pt"))
+    shutil.copy(run_float / "best.pt", "float.pt")
+    data = bytearray(Path("best.pt").read_bytes())
+    data[len(data) // 2] ^= 255
+    Path("flipped.pt").write_bytes(data)
     Path("truncated.pt").write_bytes(Path("best.pt").read_bytes()[:-1000])
     torch.save({"model": Bomb()}, "evil.pt")
     Path("bad.yaml").write_text("rules: [}")
@@ -320,7 +348,8 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, capsys):
         (raw / name).write_bytes(struct.pack(">IIII", 2051, 100, 28, 28) + b"\0" * 50)
     before = sorted(path for path in Path().rglob("*"))
 
-    assert call(*flags.split()) == 2
+    size = ["--image-size", "20"] if "teacher float" in flags else []
+    assert call(*flags.split(), *size) == 2
     error = capsys.readouterr().err.strip()
     assert re.match(f"train.py: error: .*{message}", error)
     assert "\n" not in error

@@ -5,20 +5,31 @@ python tools/train.py --arch resnet18 --bit 4
 """
 
 import argparse
+import os
+import shlex
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
 from apotfx.policy import BitPolicy
 from apotfx.rewrite import plan
-from apotfx.training.build import build_float, build_network, build_teacher, restore_network, with_published_policy
+from apotfx.training.build import (
+    Network,
+    build_float,
+    build_network,
+    build_teacher,
+    restore_network,
+    with_published_policy,
+)
 from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
 from apotfx.training.config import AUGMENTATIONS, CLIP_INITS, RECIPES, SCHEDULES, TrainConfig
-from apotfx.training.data import DATASETS, load_dataset
+from apotfx.training.data import DATASETS, Dataset, load_dataset
 from apotfx.training.distributed import Processes, pick_device
-from apotfx.training.loop import Interrupted, Trainer
+from apotfx.training.loop import Interrupted, Trainer, evaluate
 from apotfx.training.monitor import Monitor
 from apotfx.training.run import create_run_dir, report, result_table, write_config
 
@@ -93,6 +104,9 @@ def explicit_settings(args: argparse.Namespace) -> dict:
                 f"--power {args.power} means --scheme {scheme}, got --scheme {given['scheme']}; give one of them"
             )
     if "policy" in given:
+        ignored = [f"--{key}" for key in ("bit", "scheme", "power") if key in args]
+        if ignored:
+            print(f"note: --policy decides about bits; {' and '.join(ignored)} is not used", file=sys.stderr)
         given["policy"] = BitPolicy.from_yaml(given["policy"]).to_dict()
     return given
 
@@ -116,88 +130,150 @@ def require_same(checkpoint: Checkpoint, given: dict, flag: str, keys: set[str] 
     return config
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for, with the data loaded and the device picked."""
+
+    args: argparse.Namespace
+    config: TrainConfig
+    dataset: Dataset
+    device: torch.device
+    processes: Processes
+    resume: Checkpoint | None
+    pretrained: Checkpoint | None
+
+    def create_run_dir(self) -> Path:
+        """The new run's directory, the same on every process, with its `config.yaml`."""
+        name, run_dir = getattr(self.args, "name", None), None
+        if self.processes.is_main:
+            run_dir = create_run_dir(name, self.config, self.dataset.name)
+            write_config(run_dir, self.config, self.dataset.name, self.device, self.processes)
+        return self.processes.broadcast(run_dir)
+
+
+def choose_config(
+    args: argparse.Namespace, given: dict, resume: Checkpoint | None, pretrained: Checkpoint | None
+) -> TrainConfig:
+    """The configuration of the run to resume, of the checkpoint to evaluate, or a new one."""
+    if "evaluate" in args:
+        evaluated = resume or pretrained
+        if evaluated is None:
+            raise ApotfxError("--evaluate: nothing to evaluate; pass --pretrained CKPT or --resume RUN")
+        if not evaluated.is_published:
+            network = {"arch", "bit", "scheme", "policy", "dataset", "image_size"}
+            return require_same(evaluated, given, "--evaluate", network)
+        given = {"recipe": "published"} | given
+    elif resume is not None:
+        require_resumable(args, resume)
+        return require_same(resume, given, "--resume")
+    return with_published_policy(make_config(given), pretrained)
+
+
+def require_resumable(args: argparse.Namespace, resume: Checkpoint) -> None:
+    if resume.resume is None:
+        raise ApotfxError(f"--resume {args.resume}: holds weights only; pass a run's directory or its checkpoint.pt")
+    if (resume.path.parent / "result.json").exists():
+        raise ApotfxError(f"--resume {args.resume}: the run is finished; -e --resume {args.resume} evaluates it")
+    if resume.resume["best"]["epoch"] and not (resume.path.parent / "best.pt").is_file():
+        raise ApotfxError(f"--resume {args.resume}: best.pt is missing beside checkpoint.pt; put it back")
+    if "name" in args:
+        raise ApotfxError(f"--name {args.name}: a resumed run keeps its directory; leave the flag out")
+
+
 def run(args: argparse.Namespace) -> None:
+    for flag, least in (("print_freq", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise ApotfxError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
     given = explicit_settings(args)
     resume = read_checkpoint(args.resume) if "resume" in args else None
     pretrained = read_checkpoint(given["pretrained"]) if "pretrained" in given else None
-    evaluated = (resume or pretrained) if "evaluate" in args else None
-    if "evaluate" in args and evaluated is None:
-        raise ApotfxError("--evaluate: nothing to evaluate; pass --pretrained CKPT or --resume RUN")
-    if resume is not None and resume.resume is None:
-        raise ApotfxError(f"--resume {args.resume}: holds weights only; pass a run's directory or its checkpoint.pt")
-    if resume is not None and evaluated is None and (resume.path.parent / "result.json").exists():
-        raise ApotfxError(f"--resume {args.resume}: the run is finished; -e --resume {args.resume} evaluates it")
-    if resume is not None and "name" in args and evaluated is None:
-        raise ApotfxError(f"--name {args.name}: a resumed run keeps its directory; leave the flag out")
-
-    if resume is not None:
-        config = require_same(resume, given, "--resume")
-    elif evaluated is not None and not evaluated.is_published:
-        network_keys = {"arch", "bit", "scheme", "policy", "dataset", "image_size"}
-        config = require_same(evaluated, given, "--evaluate", network_keys)
-    else:
-        if evaluated is not None:
-            given.setdefault("recipe", "published")
-        config = with_published_policy(make_config(given), pretrained)
-
+    config = choose_config(args, given, resume, pretrained)
     require_known(config.arch)
     device = pick_device(getattr(args, "device", None), getattr(args, "gpu", None))
     processes = Processes(device.type)
     try:
         with processes.main_first():  # so that a download happens once
-            dataset = load_dataset(
-                config.dataset, getattr(args, "data", None), image_size=config.image_size, workers=args.workers
-            )
-        if resume is not None and evaluated is None and dataset.name != config.dataset:
-            raise ApotfxError(f"--resume {args.resume}: the run was made on {config.dataset}, got {dataset.name}")
+            data = getattr(args, "data", None)
+            dataset = load_dataset(config.dataset, data, image_size=config.image_size, workers=args.workers)
         config = replace(config, dataset=dataset.name)
+        job = Job(args, config, dataset, device, processes, resume, pretrained)
         if "dry_run" in args:
-            print(plan(build_float(config, dataset)[0], config.bit_policy()))
-        elif evaluated is not None:
-            evaluate_only(args, config, dataset, device, processes, evaluated)
+            if processes.is_main:
+                print(plan(build_float(config, dataset)[0], config.bit_policy()))
+        elif "evaluate" in args:
+            evaluate_only(job)
         else:
-            train(args, config, dataset, device, processes, pretrained, resume)
+            train(job)
     finally:
         processes.close()
 
 
-def evaluate_only(args, config, dataset, device, processes, checkpoint) -> None:
-    network = restore_network(config, dataset, device, checkpoint)
-    run_dir = None
-    if "name" in args:
-        run_dir = processes.broadcast(create_run_dir(args.name, config, dataset.name) if processes.is_main else None)
-        if processes.is_main:
-            write_config(run_dir, config, dataset.name, device, processes)
-    result = report(network, config, dataset, device, processes, run_dir, {"seconds": 0.0})
+def evaluate_only(job: Job) -> None:
+    config, dataset, processes = job.config, job.dataset, job.processes
+    checkpoint = job.resume or job.pretrained
+    network = restore_network(config, dataset, job.device, checkpoint)
+    facts = {"seconds": 0.0}
+    if checkpoint.is_published:
+        require_published_accuracy(job, network, checkpoint)
+        facts |= {"epochs": checkpoint.published["epoch"], "seed": None}
+    run_dir = job.create_run_dir() if "name" in job.args else None
+    result = report(network, config, dataset, job.device, processes, run_dir, facts)
     if processes.is_main:
         print(result_table(result, run_dir))
 
 
-def train(args, config, dataset, device, processes, pretrained, resume) -> None:
-    network = build_network(config, dataset, device, pretrained)
-    teacher = build_teacher(config.teacher, dataset, device, network.image_size) if config.teacher else None
+def require_published_accuracy(job: Job, network: Network, checkpoint: Checkpoint) -> None:
+    """A published checkpoint does not say its bits, but what it reached on the training images of MNIST."""
+    config, stated = job.config, checkpoint.published["train_acc"]
+    if job.dataset.name != "mnist" or config.bit_policy() != BitPolicy.published(config.bit, config.scheme):
+        return
+    images = job.dataset.all_train
+    reached = evaluate(network.qmodel, images, job.dataset, network.image_size, job.device, job.processes)
+    if abs(reached - stated) > 0.02:
+        raise ApotfxError(
+            f"checkpoint {checkpoint.path}: states {stated:.2f}% on the training images, but reaches {reached:.2f}% at "
+            f"--bit {config.bit} --scheme {config.scheme}; pass the bits and the scheme that it was trained with"
+        )
+
+
+def train(job: Job) -> None:
+    config, dataset, device, processes, resume = job.config, job.dataset, job.device, job.processes, job.resume
+    if resume is not None:
+        network = restore_network(config, dataset, device, resume)
+    else:
+        network = build_network(config, dataset, device, job.pretrained)
+    teacher = build_teacher(config, dataset, device, network.image_size)
     trainer = Trainer(config, network.qmodel, dataset, network.image_size, teacher, device, processes)
     if resume is not None:
         trainer.load_state_dict(resume.resume)
         run_dir = resume.path.parent
     else:
-        name = getattr(args, "name", None)
-        run_dir = processes.broadcast(create_run_dir(name, config, dataset.name) if processes.is_main else None)
-    with Monitor(run_dir, purge_step=trainer.step if resume else None, enabled=processes.is_main) as monitor:
-        if resume is None and processes.is_main:
-            write_config(run_dir, config, dataset.name, device, processes)
-            monitor.plan(network.qmodel.meta["plan"])
-            monitor.graph(network.qmodel)
-            trainer.save(run_dir)
-        trainer.fit(run_dir, monitor, print_freq=args.print_freq, profile="profile" in args)
-        processes.wait()
-        load_state(network.qmodel, read_checkpoint(run_dir / "best.pt"))
-        facts = {"seconds": round(trainer.seconds, 1), "best_epoch": trainer.best["epoch"]}
-        result = report(network, config, dataset, device, processes, run_dir, facts)
-        if processes.is_main:
+        run_dir = job.create_run_dir()
+        trainer.save(run_dir)
+    try:
+        # What was logged at the step of the checkpoint stays.
+        with Monitor(run_dir, purge_step=trainer.step + 1 if resume else None, enabled=processes.is_main) as monitor:
+            if resume is None:
+                monitor.plan(network.qmodel.meta["plan"])
+                monitor.graph(network.qmodel)
+            trainer.fit(run_dir, monitor, print_freq=job.args.print_freq, profile="profile" in job.args)
+            processes.wait()
+            load_state(network.qmodel, read_checkpoint(run_dir / "best.pt"))
+            facts = {"seconds": round(trainer.seconds, 1), "best_epoch": trainer.best["epoch"]}
+            result = report(network, config, dataset, device, processes, run_dir, facts)
             metrics = {key: value for key, value in result.items() if key.endswith("_acc") and value is not None}
             monitor.hparams({key: value for key, value in asdict(config).items() if key != "policy"}, metrics)
-            print(result_table(result, run_dir))
+    except KeyboardInterrupt:
+        raise Interrupted(trainer.step, run_dir) from None
+    if processes.is_main:
+        print(result_table(result, run_dir))
+
+
+def resume_command(args: argparse.Namespace, run_dir: Path) -> str:
+    """How to continue the run in `run_dir` where and on what it runs now."""
+    kept = [("--data", "data"), ("--device", "device"), ("--gpu", "gpu")]
+    flags = [part for flag, key in kept if key in args for part in (flag, str(getattr(args, key)))]
+    return shlex.join(["python", "tools/train.py", "--resume", str(run_dir), *flags])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,13 +281,16 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         run(args)
+        return 0
     except (ApotfxError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        message, code = f"train.py: error: {error}", 2
     except Interrupted as stopped:
-        print(f"stopped at {stopped}; continue with: python tools/train.py --resume {stopped.run_dir}", file=sys.stderr)
-        return 130
-    return 0
+        message, code = f"stopped at {stopped}; continue with: {resume_command(args, stopped.run_dir)}", 130
+    except KeyboardInterrupt:
+        message, code = "stopped before training began; nothing to continue", 130
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -67,15 +67,25 @@ def restore_network(config: TrainConfig, dataset: Dataset, device: torch.device,
     return Network(float_model, qmodel.to(device), image_size)
 
 
-def build_teacher(path: str, dataset: Dataset, device: torch.device, image_size: int) -> nn.Module:
-    """The float network in the checkpoint at `path`, frozen.
+def build_teacher(config: TrainConfig, dataset: Dataset, device: torch.device, image_size: int) -> nn.Module | None:
+    """The float network in the checkpoint `config.teacher`, frozen; None without one.
 
     Raises:
-        ApotfxError: it is quantized or published, or takes other images than the student.
+        ApotfxError: it is quantized or published, or was trained on other images than the student takes.
     """
+    if config.teacher is None:
+        return None
+    path = config.teacher
     checkpoint = read_checkpoint(path)
     if checkpoint.config is None or not checkpoint.is_float:
         raise ApotfxError(f"--teacher {path}: is not a float network; train one with --bit {FLOAT_BITS}")
+    for key in ("dataset", "image_size"):
+        got, expected = getattr(checkpoint.config, key), getattr(config, key)
+        if got != expected:
+            flag = key.replace("_", "-")
+            raise ApotfxError(
+                f"--teacher {path}: was trained with --{flag} {got}, the student with --{flag} {expected}"
+            )
     teacher, teacher_size = build_float(checkpoint.config, dataset)
     if teacher_size != image_size:
         raise ApotfxError(f"--teacher {path}: takes {teacher_size} pixels, the student {image_size}; set --image-size")

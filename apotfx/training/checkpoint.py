@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Checkpoint:
         path: where it was read.
         state: of the network that is evaluated: the moving average where there is one.
         config: of the run that wrote it; None for a published checkpoint, which does not say.
+        published: "epoch" and "train_acc" (percent, on the training images) that a published checkpoint states.
         resume: what `--resume` needs beside that; None in `best.pt` and in a published checkpoint.
     """
 
@@ -31,6 +33,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     config: TrainConfig | None
     resume: dict | None
+    published: dict | None = None
 
     @property
     def is_published(self) -> bool:
@@ -69,6 +72,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         data = path.read_bytes()
     except OSError as error:
         raise ApotfxError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
+    if zipfile.is_zipfile(io.BytesIO(data)) and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
+        raise ApotfxError(f"checkpoint {path}: damaged (checksum); use another copy")  # torch does not check it
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -79,21 +84,34 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except Exception as error:  # torch raises whatever its zip and storage readers meet
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ApotfxError(f"checkpoint {path}: damaged or truncated ({reason})") from None
+    try:
+        return _interpret(path, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ApotfxError(f"checkpoint {path}: damaged or made by hand ({type(error).__name__}: {error})") from None
+
+
+def _interpret(path: Path, content: object) -> Checkpoint:
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content["version"] != VERSION:
             raise ApotfxError(f"checkpoint {path}: format version {content['version']}, expected {VERSION}")
         state = content["ema"] if content.get("ema") is not None else content["model"]
         config = TrainConfig.from_dict(content["config"], f"checkpoint {path}")
+        _require_finite(path, state)
         return Checkpoint(path, state, config, content if "optimizer" in content else None)
-    if (
-        isinstance(content, dict)
-        and isinstance(content.get("state_dict"), dict)
-        and is_published(content["state_dict"])
-    ):
-        return Checkpoint(path, convert_published(content["state_dict"]), None, None)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if isinstance(state, dict) and is_published(state):
+        _require_finite(path, state)
+        stated = {"epoch": int(content["epoch"]), "train_acc": float(content["best_acc1"])}
+        return Checkpoint(path, convert_published(state), None, None, stated)
     raise ApotfxError(
         f"checkpoint {path}: not one of this tool's nor a published one; expected checkpoint.pt or best.pt of a run"
     )
+
+
+def _require_finite(path: Path, state: dict[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ApotfxError(f"checkpoint {path}: {name} is not finite; its training diverged, use an earlier one")
 
 
 def load_state(model: nn.Module, checkpoint: Checkpoint, *, carry_over: bool = False) -> None:

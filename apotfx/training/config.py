@@ -43,7 +43,7 @@ class TrainConfig:
         batch_size: images per step, over all processes.
         lr: peak learning rate.
         momentum: of SGD.
-        nesterov: whether momentum looks ahead.
+        nesterov: whether momentum looks ahead; without momentum there is nothing to look ahead with.
         weight_decay: of weights; of biases, batch norms and clips only with `decay_all`.
         decay_all: whether weight decay applies to every parameter.
         schedule: of the learning rate. "constant"; "cosine": 1/20 of the run up, then a cosine to 0; "onecycle":
@@ -103,6 +103,7 @@ class TrainConfig:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 2, "batch-size", self.batch_size, "at least 2 (batch norm needs two images)")
         _require(0 < self.lr < float("inf"), "lr", self.lr, "more than 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         for key in ("momentum", "ema"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and less than 1")
         for key in ("weight_decay", "clip_lr"):

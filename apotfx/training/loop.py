@@ -1,5 +1,6 @@
 """The training loop: epochs over batches, validation, checkpoints, and a clean stop."""
 
+import functools
 import math
 import random
 import signal
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from apotfx.errors import ApotfxError
+from apotfx.layers import QuantLayer
 from apotfx.training.augment import Augment
 from apotfx.training.checkpoint import save_checkpoint
 from apotfx.training.config import TrainConfig
@@ -139,7 +141,10 @@ class Trainer:
             image_size=image_size, device=device, rank=processes.rank, world_size=processes.world_size,
         )  # fmt: skip
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
         )
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self.network = self.model
@@ -229,31 +234,33 @@ class Trainer:
         train = self._running_metrics()
         self.running = dict.fromkeys(self.running, 0)
         val_acc = evaluate(self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes)
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
         if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
             if self.processes.is_main:
-                save_checkpoint(
-                    run_dir / "best.pt", self._identity() | {"model": self.evaluated.state_dict()} | self.best
-                )
+                best = self._identity() | {"model": self.evaluated.state_dict()} | self.best
+                save_checkpoint(run_dir / "best.pt", best)
+        monitor.layers(self.evaluated, self._monitored_images(), self.step)
+        lr = self.optimizer.param_groups[0]["lr"]
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        monitor.scalars(
+            self.step,
+            {
+                "train/loss": train["loss"],
+                "train/accuracy": train["accuracy"],
+                "train/lr": lr,
+                "val/accuracy": val_acc,
+                "time/seconds_per_epoch": seconds,
+            },
+        )
         self.save(run_dir)
         if self.processes.is_main:
-            lr = self.optimizer.param_groups[0]["lr"]
             tqdm.write(
                 f"epoch {epoch + 1:>{len(str(self.config.epochs))}}/{self.config.epochs}  loss {train['loss']:.4f}  "
                 f"train {train['accuracy']:.2f}%  val {val_acc:.2f}%  lr {lr:.4f}  {seconds:.1f} s",
                 file=sys.stdout,
             )
             sys.stdout.flush()
-            monitor.scalars(
-                self.step,
-                {
-                    "train/loss": train["loss"], "train/accuracy": train["accuracy"], "train/lr": lr,
-                    "val/accuracy": val_acc, "time/seconds_per_epoch": seconds,
-                },
-            )  # fmt: skip
-            monitor.layers(self.evaluated, self._monitored_images(), self.step)
 
     def _monitored_images(self) -> Tensor:
         some = Split(self.dataset.val.images[:MONITORED_IMAGES], self.dataset.val.labels[:MONITORED_IMAGES])
@@ -320,15 +327,16 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"parameter {name}"
-    found = []
+    found: list[str] = []
+
+    def check(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(f"the output of {name}")
+
     hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, name=name: (
-                None if found or _is_finite(output) else found.append(f"the output of {name}")
-            )
-        )
+        module.register_forward_hook(functools.partial(check, name))
         for name, module in model.named_modules()
-        if name and not list(module.children()) or hasattr(module, "weight_quantizer")
+        if isinstance(module, QuantLayer) or not list(module.children())
     ]
     try:
         model(images)
@@ -339,10 +347,6 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
         if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
             found.append(f"the gradient of {name}")
     return found[0] if found else "the loss"
-
-
-def _is_finite(output: object) -> bool:
-    return not isinstance(output, Tensor) or bool(output.isfinite().all())
 
 
 @contextmanager

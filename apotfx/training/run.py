@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import fx, nn
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.integer import export_integer, load_integer
+from apotfx.policy import FLOAT_BITS, BitPolicy
 from apotfx.training.build import Network, is_quantized
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, eval_batches
@@ -33,6 +35,8 @@ def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
         ApotfxError: the name exists.
     """
     if name is not None:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ApotfxError(f"--name {name!r}: expected the name of one directory in {RUNS}, without a path")
         path = RUNS / name
         try:
             path.mkdir(parents=True)
@@ -41,7 +45,8 @@ def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
                 f"--name {name}: {path} exists; choose another name, or continue it with --resume {path}"
             ) from None
         return path
-    kind = "float" if config.bit == 32 else f"{config.scheme}{config.bit}"
+    bit, scheme = _bit_and_scheme(config)
+    kind = "policy" if bit is None else "float" if bit == FLOAT_BITS else f"{scheme}{bit}"
     base = f"{config.arch.replace('/', '-')}-{kind}-{dataset}"
     for suffix in ("", *(f"-{i}" for i in range(2, 10**6))):
         try:
@@ -52,10 +57,16 @@ def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
     raise ApotfxError(f"{RUNS}: too many runs named {base}; pass --name")
 
 
+def _bit_and_scheme(config: TrainConfig) -> tuple[int | None, str]:
+    """Bits and scheme of a run; None and "policy" where a policy of its own decides."""
+    standard = [make(config.bit, config.scheme) for make in (BitPolicy.default, BitPolicy.published)]
+    return (config.bit, config.scheme) if config.bit_policy() in standard else (None, "policy")
+
+
 def write_config(run_dir: Path, config: TrainConfig, dataset: str, device: torch.device, processes: Processes) -> None:
     """`config.yaml`: everything needed to repeat the run."""
     content = {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "arguments": asdict(config) | {"policy": None},
         "dataset": dataset,
         "policy": config.bit_policy().to_dict(),
@@ -112,10 +123,19 @@ def report(
         key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4)
         for key, split in splits.items()
     }
+    bit, scheme = _bit_and_scheme(config)
     result = {
-        "dataset": dataset.name, "arch": config.arch, "bit": config.bit, "scheme": config.scheme, "recipe": config.recipe,
-        "epochs": config.epochs, **accuracies, "integer_test_acc": None, "seed": config.seed, **facts,
-    }  # fmt: skip
+        "dataset": dataset.name,
+        "arch": config.arch,
+        "bit": bit,
+        "scheme": scheme,
+        "recipe": config.recipe,
+        "epochs": config.epochs,
+        **accuracies,
+        "integer_test_acc": None,
+        "seed": config.seed,
+        **facts,
+    }
     if run_dir is not None and processes.is_main:
         if is_quantized(model):
             shutil.rmtree(run_dir / "integer", ignore_errors=True)  # of a run that was stopped before its result
