@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import apotfx
+from apotfx.models import build_model
 from apotfx.training.build import restore_network
 from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.config import TrainConfig
@@ -77,6 +78,14 @@ def python_blocks():
 def test_python_in_the_readme_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_policy_in_the_readme_fits_its_network(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "policy.yaml").write_text(block)
+    model, _ = build_model("resnet18", in_channels=1, num_classes=10, image_size=28)
+    layers = apotfx.plan(model, apotfx.BitPolicy.from_yaml(tmp_path / "policy.yaml")).layers
+    assert {len({layer.rule for layer in layers}), len(layers)} == {5, 21}  # every rule decides somewhere
 
 
 @pytest.mark.parametrize("scheme", ["apot", "uniform", "pot"])
