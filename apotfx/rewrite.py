@@ -72,7 +72,7 @@ def _nodes_in_other_mode(model: nn.Module) -> list[fx.Node]:
     toggle()
     try:
         return list(fx.symbolic_trace(model).graph.nodes)
-    except Exception:
+    except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
         return []
     finally:
         toggle()
