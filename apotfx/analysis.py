@@ -1,5 +1,6 @@
 """Facts about a traced graph: which layers there are, the sign of their inputs, what stands around them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -192,6 +193,20 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
     if name in COMBINING_FUNCTIONS:
         return all(_is_at_least_0(x, facts) for x in (*node.args, *node.kwargs.values()))
     return False
+
+
+def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
+    """The range (low, high) that `node` clamps its only input to, if it is an activation function that starts at 0."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_module":
+        module = modules[node.target]
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+            return (0.0, float(module.max_val)) if module.min_val == 0 else None
+        return (0.0, math.inf) if type(module) is nn.ReLU else None
+    return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(_torch_name(node))
 
 
 def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:

@@ -21,7 +21,7 @@ def observed_inputs(layers: dict[str, QuantLayer]) -> Iterator[dict[str, list[Te
     samples: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        samples.setdefault(name, []).append(sample(args[0] if args else kwargs["input"]))
+        samples.setdefault(name, []).append(module.rectify(sample(args[0] if args else kwargs["input"])))
 
     hooks = [
         layer.register_forward_pre_hook(functools.partial(keep, name), with_kwargs=True)
@@ -68,9 +68,13 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
 
     for layer in layers.values():
         if layer.weight_quantizer is not None:
-            weight, _ = layer.normalized_weight()
+            weight, unit = layer.weight_quantizer.normalize(layer.weight)
             layer.weight_quantizer.set_clip(
-                fit_clip(weight, layer.weight_quantizer.levels, layer.weight_quantizer.clip.shape)
+                fit_clip(
+                    weight if unit is None else weight / unit,
+                    layer.weight_quantizer.levels,
+                    layer.weight_quantizer.clip.shape,
+                )
             )
     quantized_inputs = {name: layer for name, layer in layers.items() if layer.input_quantizer is not None}
     samples = _observe_float(qmodel, quantized_inputs, batches)

@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 
 from .analysis import BATCH_NORMS, batch_norm_after
 from .errors import ApotfxError
-from .functional import accumulator_bound
+from .operators import accumulator_bound
 from .layers import QUANT_LAYERS, Geometry, IntegerLayer, QuantLayer
 from .levels import LevelSet
 from .quantizers import Quantizer
-from .rewrite import swap_layers, trace
+from .rewrite import absorb_rectifiers, swap_layers, trace
 
-FORMAT, VERSION = "apotfx-integer", 1
+FORMAT, VERSION = "apotfx-integer", 2
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 CODES = "weight_codes"
 
@@ -164,6 +164,7 @@ def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | 
         **_structure(layer, layer.float_type),
         "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight()[1]),
         "input": None if inputs is None else _describe_quantizer(inputs, inputs.scale),
+        "rectifier": None if layer.rectifier is None else [x if math.isfinite(x) else None for x in layer.rectifier],
     }
     if weights is not None and inputs is not None:
         entry["accumulator_bound"] = accumulator_bound(layer.weight.shape, weights.levels.max, inputs.levels.max)
@@ -326,10 +327,13 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
     """
     manifest, tensors = read_integer(path)
     imodel = trace(copy.deepcopy(float_model))
-    layers = {}
-    for entry in manifest["layers"]:
-        name = entry["name"]
-        layers[name] = _integer_layer(entry, _matching_layer(imodel, entry, path), tensors)
+    matching = {entry["name"]: _matching_layer(imodel, entry, path) for entry in manifest["layers"]}
+    unsigned = {entry["name"] for entry in manifest["layers"] if entry["input"] and not entry["input"]["signed"]}
+    rectifiers = absorb_rectifiers(imodel, unsigned)
+    layers = {
+        entry["name"]: _integer_layer(entry, matching[entry["name"]], tensors, rectifiers.get(entry["name"]))
+        for entry in manifest["layers"]
+    }
     graph = _describe_graph(imodel)
     swap_layers(imodel, layers)
     state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}
@@ -358,7 +362,9 @@ def _matching_layer(model: fx.GraphModule, entry: dict, path: str | os.PathLike)
     return layer
 
 
-def _integer_layer(entry: dict, layer: nn.Module, tensors: dict[str, Tensor]) -> IntegerLayer:
+def _integer_layer(
+    entry: dict, layer: nn.Module, tensors: dict[str, Tensor], rectifier: tuple[float, float] | None
+) -> IntegerLayer:
     name, device = entry["name"], layer.weight.device
     weight, inputs = entry["weight"], entry["input"]
     channels = entry["shape"][0]
@@ -377,6 +383,7 @@ def _integer_layer(entry: dict, layer: nn.Module, tensors: dict[str, Tensor]) ->
         input_levels=None if inputs is None else _level_set(inputs),
         input_clip=None if inputs is None else torch.tensor(inputs["clip"]).reshape(()),
         bias=tensors.get(f"{name}.bias"),
+        rectifier=rectifier,
     ).to(device)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for suffix in ("", "_with_kwargs"):

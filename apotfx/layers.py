@@ -11,32 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
+from .functional import Operand
 from .levels import LevelSet
+from .operators import BFLOAT16_EXACT, Convolution, MatrixProduct, Operator, exact_dtype, output_scale, scaled_op
 from .quantizers import InputQuantizer, WeightQuantizer
 
 
 class Geometry(NamedTuple):
     """What a layer computes, apart from quantization: the padding before its operator, and the operator."""
 
-    operator: F.Operator
+    operator: Operator
     pad: tuple[int, ...]  # as torch.nn.functional.pad takes it; () for none
     pad_mode: str
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
         if isinstance(layer, nn.Linear):
-            return cls(F.MatrixProduct(), (), "constant")
+            return cls(MatrixProduct(), (), "constant")
         # Padding that the operator cannot express itself (another mode than zeros, "same") goes before it.
         before = layer.padding_mode != "zeros" or layer.padding == "same"
         padding = (0,) * len(layer.stride) if before or layer.padding == "valid" else tuple(layer.padding)
-        operator = F.Convolution(tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+        operator = Convolution(tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
         pad = tuple(layer._reversed_padding_repeated_twice) if before else ()
         return cls(operator, pad, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
     def prepare(self, x: Tensor) -> Tensor:
         """x with its padding and, for a convolution, with the batch dimension that it may lack."""
-        if isinstance(self.operator, F.Convolution) and x.dim() == len(self.operator.stride) + 1:
+        if isinstance(self.operator, Convolution) and x.dim() == len(self.operator.stride) + 1:
             x = x.unsqueeze(0)
         return nn.functional.pad(x, self.pad, mode=self.pad_mode) if self.pad else x
 
@@ -54,9 +57,14 @@ class QuantLayer(nn.Module):
         weight_quantizer: or None for a float weight.
         input_quantizer: or None for a float input.
         clip_grad_factor: multiplies the gradients of both clips.
+        rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
+            its work (see `rewrite.absorb_rectifiers`); else None.
+        engine: what computes the layer; see `engine.use_engine`.
     """
 
     float_type: type[nn.Module]
+    rectifier: tuple[float, float] | None = None
+    engine: Eager = EAGER
 
     @classmethod
     def from_float(
@@ -85,54 +93,70 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         prepared = self.geometry.prepare(input)
-        weight, rescale = self.normalized_weight()
         if self.training:
-            self._fit_first_batch(prepared, weight)
-        inputs, weights = self.input_quantizer, self.weight_quantizer
-        y = F.quantized_op(
-            prepared,
-            weight,
-            inputs.clip if inputs else None,
-            weights.clip if weights else None,
-            levels_x=inputs.encoding if inputs else None,
-            levels_w=weights.encoding if weights else None,
+            self._fit_first_batch(prepared)
+        weights = self.weight_quantizer
+        y = quantized_op(
+            self._input_operand(prepared),
+            self.weight_operand(),
             operator=self.geometry.operator,
             dtype=self._operand_dtype(prepared),
-            rescale=rescale,
+            exact=self._is_exact,
             clip_grad_factor=self.clip_grad_factor,
             everywhere=weights is not None and weights.levels.bits == 2,
+            engine=self.engine,
         ).to(self.weight.dtype)
         return self.geometry.finish(y, self.bias, input)
 
-    def normalized_weight(self) -> tuple[Tensor, Tensor]:
-        """(the weight in the unit of its clip, the factor that brings it back)."""
-        if self.weight_quantizer is None:
-            return self.weight, self.weight.new_ones(())
-        return self.weight_quantizer.normalize(self.weight)
+    def rectify(self, x: Tensor) -> Tensor:
+        """x after the activation function that the layer has absorbed, if it has."""
+        return x if self.rectifier is None else x.clamp(*self.rectifier)
+
+    def _input_operand(self, x: Tensor) -> Operand:
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return Operand(self.rectify(x), None, None, None)
+        return Operand(x, quantizer.clip, None, F.Levels(quantizer.table, quantizer.levels, self.rectifier))
+
+    def weight_operand(self) -> Operand:
+        """The weight as the operator takes it."""
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            return Operand(self.weight, None, None, None)
+        # In evaluation the same bits on every engine.
+        standard_deviation = self.engine.standard_deviation if self.training else F.standard_deviation
+        weight, unit = quantizer.normalize(self.weight, standard_deviation)
+        return Operand(weight, quantizer.clip, unit, quantizer.encoding)
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product."""
-        weight, rescale = self.normalized_weight()
-        return self.weight_quantizer.encode(weight), self.weight_quantizer.scale * rescale
+        quantizer = self.weight_quantizer
+        weight, unit = quantizer.normalize(self.weight)
+        operand = Operand(weight, quantizer.clip, unit, quantizer.encoding)
+        return EAGER.levels(operand), operand.scale
 
-    def _fit_first_batch(self, x: Tensor, weight: Tensor) -> None:
+    def _fit_first_batch(self, x: Tensor) -> None:
         if self.input_quantizer is not None and self.input_quantizer.needs_clip:
-            self.input_quantizer.fit_first_batch(x)
+            self.input_quantizer.fit_first_batch(self.rectify(x))
         if self.weight_quantizer is not None and self.weight_quantizer.needs_clip:
-            self.weight_quantizer.fit_first_batch(weight)
+            weight, unit = self.weight_quantizer.normalize(self.weight)
+            self.weight_quantizer.fit_first_batch(weight if unit is None else weight / unit)
+
+    @property
+    def _is_exact(self) -> bool:
+        return not self.training and self.input_quantizer is not None and self.weight_quantizer is not None
 
     def _operand_dtype(self, x: Tensor) -> torch.dtype:
         """In training whatever is fast; in evaluation what makes the accumulators exact."""
         inputs, weights = self.input_quantizer, self.weight_quantizer
-        exact = inputs is not None and weights is not None
-        if exact and not self.training:
-            return F.exact_dtype(self.weight.shape, weights.levels.max, inputs.levels.max, x.device)
+        if self._is_exact:
+            return exact_dtype(self.weight.shape, weights.levels.max, inputs.levels.max, x.device)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             levels = [q.levels.max for q in (inputs, weights) if q is not None]
             # float16 is left out: integer accumulators overflow it.
-            if dtype == torch.bfloat16 and max(levels, default=0) <= F.BFLOAT16_EXACT:
+            if dtype == torch.bfloat16 and max(levels, default=0) <= BFLOAT16_EXACT:
                 return dtype
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -172,9 +196,11 @@ class IntegerLayer(nn.Module):
         input_levels: LevelSet | None,
         input_clip: Tensor | None,
         bias: Tensor | None,
+        rectifier: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.geometry = geometry
+        self.rectifier = rectifier
         self.weight_levels, self.input_levels = weight_levels, input_levels
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
@@ -189,14 +215,14 @@ class IntegerLayer(nn.Module):
         if self.input_levels is None:
             n_x, scale_x, dtype = prepared, prepared.new_ones(()), prepared.dtype
         else:
-            levels = F.Levels(self.table, self.input_levels.max, self.input_levels.signed)
+            levels = F.Levels(self.table, self.input_levels, self.rectifier)
             n_x = F.encode(prepared, self.input_clip, levels)
             scale_x = self.input_clip / levels.max
             dtype = n_x.dtype
             if self.weight_levels is not None:
-                dtype = F.exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, input.device)
-        scale = F.output_scale(scale_x, self.weight_scale, self.geometry.operator)
-        y = F.scaled_op(n_x, self.weight, scale, self.geometry.operator, dtype)
+                dtype = exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, input.device)
+        scale = output_scale(scale_x, self.weight_scale, self.geometry.operator)
+        y = scaled_op(n_x, self.weight, scale, self.geometry.operator, dtype)
         return self.geometry.finish(y, self.bias, input)
 
     def extra_repr(self) -> str:

@@ -1,5 +1,7 @@
 """Modules that hold a level set and its clip."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -17,8 +19,7 @@ NORMALIZATIONS = ("none", "standardize", "rescale")
 class Quantizer(nn.Module):
     """A level set and its learnable clip threshold.
 
-    State: `clip`, a parameter of shape [] (per tensor) or [C, 1, ...] (per output channel) in the unit of what
-    is quantized, and `calibrated`, a bool buffer: whether `clip` came from data.
+    State: `clip`, a parameter of shape [] (per tensor) or [C, 1, ...] (per output channel), and `calibrated`, a bool buffer: whether `clip` came from data.
     """
 
     def __init__(self, levels: LevelSet, clip: Tensor):
@@ -32,7 +33,7 @@ class Quantizer(nn.Module):
     @property
     def encoding(self) -> F.Levels:
         """The level set as the arithmetic needs it."""
-        return F.Levels(self.table, self.levels.max, self.levels.signed)
+        return F.Levels(self.table, self.levels)
 
     @property
     def used_clip(self) -> Tensor:
@@ -97,8 +98,9 @@ class WeightQuantizer(Quantizer):
         per_channel: one clip per output channel.
         normalization: what happens to the weight before it is clipped. "standardize" (paper, section 2.3):
             `(w - mean) / std`, which changes the layer's function by a factor and an offset that a batch norm
-            must absorb. "rescale": `w / std`, and std is multiplied back after quantization, so the function is
-            kept. "none": the weight as it is. Mean and (unbiased) standard deviation are those of the whole
+            must absorb. "rescale": the weight as it is, with a clip that counts standard deviations, which is
+            `w / std` multiplied back by std after quantization; the function is kept. "none": the weight as it is,
+            with a clip in its own unit. Mean and (unbiased) standard deviation are those of the whole
             weight and constant in the backward pass, as in the authors' code.
     """
 
@@ -110,22 +112,19 @@ class WeightQuantizer(Quantizer):
         self.normalization = normalization
         if normalization == "none":
             with torch.no_grad():
-                self.clip.mul_(_standard_deviation(weight))
+                self.clip.mul_(F.standard_deviation(weight))
 
-    def normalize(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(the weight in the unit of the clip, the factor of shape [] that brings it back)."""
+    def normalize(
+        self, w: Tensor, standard_deviation: Callable[[Tensor], Tensor] = F.standard_deviation
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the weight that is quantized, the unit of shape [] that the clip counts; None for 1)."""
         if self.normalization == "none":
-            return w, w.new_ones(())
-        std = _standard_deviation(w)
+            return w, None
+        std = standard_deviation(w.detach())
         if self.normalization == "standardize":
-            return (w - w.detach().mean()) / std, w.new_ones(())
-        return w / std, std
+            return (w - w.detach().mean()) / std, None
+        return w, std
 
     def extra_repr(self) -> str:
         granularity = "per channel" if self.clip.dim() else "per tensor"
         return f"{super().extra_repr()}, {granularity}, normalization={self.normalization}"
-
-
-def _standard_deviation(w: Tensor) -> Tensor:
-    std = w.detach().std(correction=1 if w.numel() > 1 else 0)
-    return std.clamp_min(F.MIN_CLIP)

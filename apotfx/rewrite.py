@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from collections import Counter
 
 from torch import fx, nn
 
-from .analysis import analyze
+from .analysis import analyze, rectified_range
+from .engine import use_engine
 from .errors import ApotfxError
 from .layers import QUANT_LAYERS, QuantLayer
 from .policy import BitPolicy, Plan, PlannedLayer, resolve
@@ -150,6 +152,9 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
         model: a float module that torch.fx can trace, or a GraphModule.
         policy: see `BitPolicy`.
 
+    An activation function whose results only layers with unsigned input levels read is left to them, and the layers
+    run on the fastest engine there is (`use_engine`).
+
     Returns:
         A GraphModule; its `meta["plan"]` is the resolved `Plan`.
 
@@ -163,9 +168,44 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
         for planned in resolved.layers
         if planned.quantized
     }
+    unsigned = {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed}
+    for name, rectifier in absorb_rectifiers(graph_module, unsigned).items():
+        layers[name].rectifier = rectifier
     swap_layers(graph_module, layers)
+    use_engine(graph_module)
     graph_module.meta["plan"] = resolved
     return graph_module
+
+
+def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[str, tuple[float, float]]:
+    """Take out of the graph each activation function that is left to the layers behind it, which clip at 0 anyway.
+
+    That is a ReLU, or a ReLU6 or Hardtanh from 0 on, all of whose consumers are layers of `unsigned`. The results stay
+    the same, and a training step saves a pass over memory forwards and one backwards.
+
+    Args:
+        graph_module: changed in place.
+        unsigned: names of the layers whose input levels are unsigned.
+
+    Returns:
+        Per layer that takes over, the range (low, high) that it must clamp its input to.
+    """
+    modules = dict(graph_module.named_modules())
+    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
+    hooked = {name for name in unsigned if modules[name]._forward_pre_hooks or calls[name] != 1}
+    absorbed = {}
+    for node in list(graph_module.graph.nodes):
+        rectifier = rectified_range(node, modules)
+        if rectifier is None or not node.users:
+            continue
+        takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes == [node]]
+        (source,) = node.all_input_nodes
+        # What works in place changes what others read from its source.
+        if len(takers) == len(node.users) and unsigned - hooked >= set(takers) and len(source.users) == 1:
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+            absorbed |= dict.fromkeys(takers, rectifier)
+    return absorbed
 
 
 def swap_layers(graph_module: fx.GraphModule, layers: dict[str, nn.Module]) -> None:

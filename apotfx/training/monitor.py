@@ -131,12 +131,12 @@ class Monitor:
 
     def _weight(self, name: str, layer: QuantLayer, step: int) -> Tensor:
         with torch.no_grad():
-            weight, rescale = layer.normalized_weight()
-        clip = layer.weight_quantizer.used_clip
+            operand = layer.weight_operand()
+            weight, clip = operand.values, operand.used_clip
         measured = _measure(layer.weight_quantizer, sample(weight), sample(clip.expand_as(weight)))
         self._quantizer(f"{name}/weight", measured, step)
         for which, values in (("float", measured.values), ("quantized", measured.quantized)):
-            finite = values[values.isfinite()] * rescale.cpu()
+            finite = values[values.isfinite()]
             if len(finite):
                 self.writer.add_histogram(f"weight/{name}/{which}", finite, step, bins=HISTOGRAM_BINS)
         return measured.usage

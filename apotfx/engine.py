@@ -1,0 +1,331 @@
+"""The quantized operator, and the engines that run it: plain torch, compiled kernels, 8-bit integer arithmetic.
+
+All engines compute the same function: in evaluation the same bits, in training up to float32 rounding.
+"""
+
+import functools
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import functional as F
+from . import kernels
+from .errors import ApotfxError
+from .functional import Operand
+from .operators import (
+    HAS_ONEDNN,
+    INT32_EXACT,
+    Convolution,
+    MatrixProduct,
+    Operator,
+    accumulator_bound,
+    output_scale,
+    scaled_op,
+)
+
+
+# Below this many multiplications, packing the weight costs more than 8-bit arithmetic saves (measured at batch 128).
+WORTH_BYTES = 2**25
+
+
+class Eager:
+    """Plain torch operations, on any device and dtype."""
+
+    name = "eager"
+
+    def standard_deviation(self, w: Tensor) -> Tensor:
+        """Of the whole weight, unbiased; shape []."""
+        return F.standard_deviation(w)
+
+    def levels(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+        """The operand's integer levels, in float; with a factor (shape []) times it and the float step of a level.
+
+        For a float operand, its values stand for the levels, with step 1.
+        """
+        n = operand.values if operand.levels is None else F.encode(operand.values, operand.used_clip, operand.levels)
+        return n if factor is None else n * (operand.scale * factor).to(n.dtype)
+
+    def level_bytes(self, operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
+        """The levels plus `zero_point` as a tensor b of bytes, or two (b[0] + 256 b[1]); None if a value is NaN."""
+        n = F.encode(operand.values, operand.used_clip, operand.levels)
+        if n.isnan().any():
+            return None
+        return [part.to(dtype) for part in kernels.split_bytes(n, operand.levels.set, zero_point)]
+
+    def gradient(
+        self,
+        grad: Tensor,
+        operand: Operand,
+        n: Tensor | None = None,
+        factor: Tensor | None = None,
+        everywhere: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients for the operand's values and clip, given `grad`, the one for its quantized values / `factor`.
+
+        May overwrite `grad`. `n`: the operand's levels, where they are at hand.
+        """
+        if factor is not None:
+            grad = grad * factor
+        if operand.levels is None:
+            return grad, None
+        clip = operand.used_clip
+        n = F.encode(operand.values, clip, operand.levels) if n is None else n
+        grad_x, grad_clip = F.quantization_gradient(grad, operand.values, n, clip, operand.levels, everywhere)
+        return grad_x, grad_clip if operand.unit is None else grad_clip * operand.unit
+
+    def product(
+        self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
+    ) -> Tensor:
+        """`operator` of the quantized values, multiplied in `dtype`; if `exact`, integers first, the scale afterwards.
+
+        `scale_x` is x.scale.
+        """
+        if exact or dtype.itemsize < 4:
+            scale = output_scale(scale_x, w.scale, operator)
+            return scaled_op(self.levels(x), self.levels(w), scale, operator, dtype)
+        # The scale goes into the weight, which is smaller than the output.
+        return operator.forward(self.levels(x).to(dtype), self.levels(w, scale_x).to(dtype))
+
+
+class Compiled(Eager):
+    """The quantizer's arithmetic in compiled kernels: float32 on the CPU, whatever is not goes the plain way."""
+
+    name = "compiled"
+
+    def standard_deviation(self, w: Tensor) -> Tensor:
+        if kernels.accept(w) and F.is_dense(w):
+            return kernels.standard_deviation(w)
+        return super().standard_deviation(w)
+
+    def levels(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+        n = None
+        if operand.levels is not None and kernels.accept(operand.values):
+            n = kernels.encode(operand, factor)
+        return super().levels(operand, factor) if n is None else n
+
+    def level_bytes(self, operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
+        return kernels.encode_bytes(operand, dtype, zero_point)
+
+    def gradient(
+        self,
+        grad: Tensor,
+        operand: Operand,
+        n: Tensor | None = None,
+        factor: Tensor | None = None,
+        everywhere: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if operand.levels is not None and kernels.accept(operand.values) and grad.dtype == torch.float32:
+            return kernels.gradient(grad, operand, factor, everywhere)
+        return super().gradient(grad, operand, n, factor, everywhere)
+
+
+class Int8(Eager):
+    """The operator's forward on 8-bit integers (oneDNN on x86), where that pays; `base` does everything else."""
+
+    name = "int8"
+
+    def __init__(self, base: Eager):
+        self.base = base
+        self.standard_deviation, self.levels, self.gradient = base.standard_deviation, base.levels, base.gradient
+
+    def product(
+        self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
+    ) -> Tensor:
+        if _fit_bytes(x, w, exact) and operator.supports_bytes(x.values):
+            if dtype == torch.float64 or operator.multiplications(x.values, w.values) > WORTH_BYTES:
+                zero_point = 128 if x.levels.set.signed else 0
+                x_bytes = self.base.level_bytes(x, torch.uint8, zero_point)
+                w_bytes = self.base.level_bytes(w, torch.int8)
+                if x_bytes is not None and w_bytes is not None:
+                    scale = (scale_x * w.scale).reshape(-1)
+                    y = _sum_of_products(x_bytes, zero_point, w_bytes, scale, operator)
+                    channels_last = F.suggests_channels_last(x.values) or F.suggests_channels_last(w.values)
+                    return y if channels_last else y.contiguous()
+        return self.base.product(x, w, scale_x, operator, dtype, exact)
+
+
+def _fit_bytes(x: Operand, w: Operand, exact: bool) -> bool:
+    if x.levels is None or w.levels is None or not (kernels.accept(x.values) and kernels.accept(w.values)):
+        return False
+    one_byte_each = kernels.fits_byte(x.levels.set) and kernels.fits_byte(w.levels.set)
+    if exact and not one_byte_each:
+        return False  # the sum of several products would be rounded more than once
+    return accumulator_bound(w.values.shape, min(w.levels.max, 128), min(x.levels.max, 255)) < INT32_EXACT
+
+
+def _sum_of_products(x_bytes: list[Tensor], zero_point: int, w_bytes: list[Tensor], scale: Tensor, operator: Operator):
+    total = None
+    for i, x in enumerate(x_bytes):
+        for j, w in enumerate(w_bytes):
+            y = operator.forward_bytes(x, zero_point, w, scale * 256 ** (i + j) if i + j else scale)
+            total = y if total is None else total.add_(y)
+    return total
+
+
+EAGER, COMPILED = Eager(), Compiled()
+ENGINES = ("int8", "compiled", "eager")
+
+
+class Choice(NamedTuple):
+    """An engine, and why it is the one."""
+
+    engine: Eager
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.engine.name} ({self.reason})"
+
+
+def choose(name: str = "auto") -> Choice:
+    """The engine of that name, or the next slower one that works here.
+
+    Args:
+        name: "int8", "compiled", "eager", or "auto" for the fastest.
+
+    Raises:
+        ApotfxError: there is no such engine.
+    """
+    if name not in ("auto", *ENGINES):
+        raise ApotfxError(f"engine {name!r}: unknown; choose one of auto, {', '.join(ENGINES)}")
+    wanted = "the fastest" if name == "auto" else "asked for"
+    if name == "eager":
+        return Choice(EAGER, wanted)
+    no_kernels, no_bytes = _what_kernels_lack(), _what_bytes_lack()
+    base, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
+    if name == "compiled":
+        return Choice(base, ", ".join(reasons) or wanted)
+    if no_bytes:
+        reasons.append(f"no 8-bit arithmetic: {no_bytes}")
+    return Choice(base if no_bytes else Int8(base), ", ".join(reasons) or wanted)
+
+
+def use_engine(model: nn.Module, name: str = "auto") -> Choice:
+    """Let the engine that `choose(name)` gives compute all quantized layers of `model`; returns it."""
+    choice = choose(name)
+    for module in model.modules():
+        if hasattr(module, "engine"):
+            module.engine = choice.engine
+    return choice
+
+
+@functools.cache
+def _what_kernels_lack() -> str | None:
+    try:
+        kernels.library()
+    except kernels.Unavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _what_bytes_lack() -> str | None:
+    if not HAS_ONEDNN:
+        return "this torch has no oneDNN"
+    if not getattr(torch.cpu, "_is_vnni_supported", bool)():
+        return "the processor has no AVX512-VNNI, without which it is not exact"
+    try:
+        x, w = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8), torch.full((16, 64, 3, 3), -127, dtype=torch.int8)
+        x = x.contiguous(memory_format=torch.channels_last)
+        convolution = Convolution((1, 1), (1, 1), (1, 1), 1)
+        one = torch.ones(1)
+        exact = torch.equal(
+            convolution.forward_bytes(x, 128, w, one).double(), convolution.forward(x.double() - 128, w.double())
+        ) and torch.equal(
+            MatrixProduct().forward_bytes(x.flatten(1), 0, w.flatten(1), one).double(),
+            MatrixProduct().forward(x.flatten(1).double(), w.flatten(1).double()),
+        )
+    except (RuntimeError, AttributeError) as error:
+        return f"this torch cannot ({str(error).splitlines()[0]})"
+    return None if exact else "it is not exact here"
+
+
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
+class _QuantizedOp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        w,
+        clip_x,
+        clip_w,
+        unit_w,
+        levels_x,
+        levels_w,
+        operator,
+        dtype,
+        exact,
+        clip_grad_factor,
+        everywhere,
+        engine,
+    ):
+        operand_x, operand_w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
+        scale_x = operand_x.scale
+        ctx.save_for_backward(x, w, clip_x, clip_w, unit_w, scale_x)
+        ctx.settings = levels_x, levels_w, operator, dtype, clip_grad_factor, everywhere, engine
+        return engine.product(operand_x, operand_w, scale_x, operator, dtype, exact)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
+        levels_x, levels_w, operator, dtype, clip_grad_factor, everywhere, engine = ctx.settings
+        x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
+        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        n_x = engine.levels(x) if needs_w else None
+        # The scales go into the smaller operands, which saves a pass over the output and over the input.
+        grad_x, grad_w = operator.backward(
+            grad.to(dtype),
+            n_x.to(dtype) if needs_w else x.values,
+            engine.levels(w, _one(w.values.dtype, w.values.device)).to(dtype) if needs_x else w.values,
+            (needs_x, needs_w),
+        )
+        grad_clip_x = grad_clip_w = None
+        if needs_x:
+            grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
+        if needs_w:
+            grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
+        if clip_grad_factor != 1:
+            grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
+        return grad_x, grad_w, grad_clip_x, grad_clip_w, *(None for _ in range(9))
+
+
+def quantized_op(
+    x: Operand,
+    w: Operand,
+    *,
+    operator: Operator,
+    dtype: torch.dtype,
+    exact: bool,
+    clip_grad_factor: float = 1.0,
+    everywhere: bool = False,
+    engine: Eager = EAGER,
+) -> Tensor:
+    """`operator(quantized x, quantized w)`, computed on integers, with the paper's gradients.
+
+    See `functional.quantization_gradient` for the gradients. What the backward pass needs besides x and w, which the
+    float operator keeps too, it computes again.
+
+    Args:
+        x: input, [N, C_in, ...] for a convolution, [..., C_in] for a matrix product.
+        w: weight, [C_out, ...]; its clip is [] or [C_out, 1, ...].
+        dtype: of the operands while they are multiplied.
+        exact: multiply integer levels, so that the accumulators are exact where `dtype` holds them, and their
+            scale afterwards; otherwise whatever is faster.
+        clip_grad_factor: multiplies the gradients of both clips.
+        everywhere: passes the weight's gradient outside its clip too.
+        engine: what computes it.
+    """
+    device = x.values.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return _QuantizedOp.apply(
+            x.values, w.values, x.clip, w.clip, w.unit, x.levels, w.levels, operator, dtype, exact,
+            clip_grad_factor, everywhere, engine,
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+/* The quantizer's arithmetic in one pass over memory each; kernels.py compiles and calls it.
+
+   Every function works on `rows` rows of `cols` floats that lie one after another, with one clip per row, and computes
+   what its namesake in functional.py does, operation by operation in float32, so that the levels are the same. Work
+   is cut into blocks of fixed size, so that sums do not depend on the number of threads. */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define BLOCK 4096 /* floats; with what is written to, half of a first-level cache */
+#define MIN_CLIP 1e-8f
+
+typedef struct {
+    const float *values; /* [rows, cols] */
+    int64_t rows, cols;
+    const float *clip;   /* [rows] */
+    const float *unit;   /* [1], of the clip; or NULL */
+    const void *table;   /* the encoding table, in the type of the output */
+    int32_t max;         /* the largest level */
+    int32_t is_signed;
+    int32_t rectified;   /* the values go through clamp(low, high) first, which blocks gradients at both ends */
+    float low, high;
+} Operand;
+
+static inline float clamp(float x, float low, float high) {
+    x = x > low ? x : low; /* NaN becomes low */
+    return x < high ? x : high;
+}
+
+static float used_clip(const Operand *o, int64_t row) {
+    const float clip = o->unit ? o->clip[row] * *o->unit : o->clip[row];
+    return clip > MIN_CLIP ? clip : MIN_CLIP;
+}
+
+/* out = levels, or levels * (float step of a level) * factor if there is a factor; returns whether any value is NaN. */
+#define ENCODE(NAME, OUT, TABLE)                                                                                   \
+    int NAME(const Operand *o, OUT *restrict out, const float *factor) {                                           \
+        const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                        \
+        const float top = 2.0f * (float)o->max, bottom = o->is_signed ? -top : 0.0f;                               \
+        const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;             \
+        const TABLE *restrict table = (const TABLE *)o->table - (int32_t)bottom;                                   \
+        int nan = 0;                                                                                               \
+        _Pragma("omp parallel for schedule(static) reduction(|:nan) if(rows * cols > 4 * BLOCK)")                  \
+        for (int64_t block = 0; block < rows * per_row; block++) {                                                 \
+            const int64_t row = block / per_row, start = block % per_row * BLOCK;                                  \
+            const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;                                     \
+            const float *restrict from = o->values + row * cols + start;                                           \
+            OUT *restrict to = out + row * cols + start;                                                           \
+            const float clip = used_clip(o, row), by = top / clip;                                                 \
+            const OUT times = factor ? (OUT)(clip / (float)o->max * *factor) : (OUT)1;                             \
+            int32_t bad = 0;                                                                                       \
+            _Pragma("omp simd reduction(|:bad)")                                                                   \
+            for (int64_t i = 0; i < count; i++) {                                                                  \
+                const float v = from[i];                                                                           \
+                bad |= v != v;                                                                                     \
+                to[i] = (OUT)(table[(int32_t)clamp(clamp(v, low, high) * by, bottom, top)] * times);               \
+            }                                                                                                      \
+            nan |= bad;                                                                                            \
+        }                                                                                                          \
+        return nan;                                                                                                \
+    }
+
+ENCODE(encode_float, float, float)
+ENCODE(encode_byte, uint8_t, int32_t)
+
+/* From grad, the gradient for levels * (float step) / factor, those for the values (grad_x, which may be grad) and the
+   clips (grad_clip [rows]). `sums` is room for a double per block. */
+void gradient(const Operand *o, const float *grad, float *grad_x, const float *factor, int32_t everywhere,
+              double *restrict sums, float *restrict grad_clip) {
+    const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;
+    const float max = (float)o->max, top = 2.0f * max;
+    const float bottom = o->is_signed ? -top : 0.0f, min = o->is_signed ? -max : 0.0f;
+    const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;
+    const int closed = !o->rectified;
+    const float *restrict table = (const float *)o->table - (int32_t)bottom;
+    const float times = factor ? *factor : 1.0f;
+#pragma omp parallel for schedule(static) if (rows * cols > 4 * BLOCK)
+    for (int64_t block = 0; block < rows * per_row; block++) {
+        const int64_t row = block / per_row, start = block % per_row * BLOCK;
+        const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;
+        const float *restrict x = o->values + row * cols + start;
+        const float *in = grad + row * cols + start;
+        float *out = grad_x + row * cols + start;
+        const float clip = used_clip(o, row), by = top / clip, to_level = max / clip;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < count; i++) {
+            const float v = clamp(x[i], low, high), g = in[i] * times;
+            const float level = table[(int32_t)clamp(v * by, bottom, top)];
+            const float position = v * to_level, clamped = clamp(position, min, max);
+            const int inside = position == clamped;
+            const int passes = inside & (closed | ((x[i] > low) & (x[i] < high)));
+            sum += g * (level - (inside ? clamped : 0.0f));
+            out[i] = (everywhere | passes) ? g : 0.0f;
+        }
+        sums[block] = sum;
+    }
+    const float unit = o->unit ? *o->unit : 1.0f;
+    for (int64_t row = 0; row < rows; row++) {
+        double total = 0.0;
+        for (int64_t i = 0; i < per_row; i++) total += sums[row * per_row + i];
+        grad_clip[row] = (float)(total / max) * unit;
+    }
+}
+
+/* result = the standard deviation (unbiased) of n floats, at least MIN_CLIP. `sums` is room for two doubles per block. */
+void standard_deviation(const float *restrict x, int64_t n, double *restrict sums, float *restrict result) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) if (n > 4 * BLOCK)
+    for (int64_t block = 0; block < blocks; block++) {
+        const float *restrict from = x + block * BLOCK;
+        const int64_t count = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
+        double sum = 0.0, squares = 0.0;
+#pragma omp simd reduction(+ : sum, squares)
+        for (int64_t i = 0; i < count; i++) {
+            const double v = from[i];
+            sum += v;
+            squares += v * v;
+        }
+        sums[2 * block] = sum;
+        sums[2 * block + 1] = squares;
+    }
+    double sum = 0.0, squares = 0.0;
+    for (int64_t block = 0; block < blocks; block++) {
+        sum += sums[2 * block];
+        squares += sums[2 * block + 1];
+    }
+    const double variance = (squares - sum * sum / (double)n) / (double)(n > 1 ? n - 1 : 1);
+    *result = variance < (double)MIN_CLIP * MIN_CLIP ? MIN_CLIP : (float)sqrt(variance); /* NaN stays */
+}

@@ -1,0 +1,223 @@
+"""Compiles kernels.c with the machine's C compiler, keeps the result, and calls it on tensors."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import write_atomic
+from .functional import Operand, is_dense
+from .levels import LevelSet
+
+SOURCE = Path(__file__).with_name("kernels.c")
+BLOCK = 4096  # as in kernels.c
+# Without contraction (fused multiply-add), which would change the last bit.
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+# Threads come from the OpenMP runtime that torch has loaded: a second one would fight it for the cores. That is why
+# the library is linked without one.
+OPENMP = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = [
+        ("values", c_void_p), ("rows", c_int64), ("cols", c_int64), ("clip", c_void_p), ("unit", c_void_p),
+        ("table", c_void_p), ("max", c_int32), ("is_signed", c_int32), ("rectified", c_int32),
+        ("low", c_float), ("high", c_float),
+    ]  # fmt: skip
+
+
+class Unavailable(Exception):
+    """There is no way to compile or load the kernels; the message says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, from the cache where an earlier process left them.
+
+    Raises:
+        Unavailable: no compiler, or none of its results can be loaded.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise Unavailable("no C compiler (cc, gcc or clang) is installed")
+    problems = []
+    for openmp in OPENMP:
+        for native in NATIVE:
+            try:
+                return _load(_compiled([*compiler.split(), *FLAGS, *native], openmp))
+            except (OSError, subprocess.SubprocessError) as error:
+                problems.append(error)
+    raise Unavailable(f"the C compiler {compiler} failed ({_first_line(problems[0])})")
+
+
+def _first_line(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
+def _compiled(command: list[str], openmp: tuple[str, ...]) -> Path:
+    """The path of the library that `command` makes of kernels.c."""
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *openmp, _processor()]).encode()).hexdigest()[:24]
+    target = _cache_directory() / f"kernels-{key}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+        for step in (
+            [*command, *openmp, "-c", str(SOURCE), "-o", str(compiled)],
+            [command[0], "-shared", *link, str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
+        _load(linked)  # before it is kept: what this process cannot load, none can
+        write_atomic(target, linked.read_bytes())
+    return target
+
+
+def _cache_directory() -> Path:
+    """Where compiled kernels are kept: APOTFX_CACHE, or the user's cache; a private temporary one as a last resort."""
+    root = os.environ.get("APOTFX_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root, "apotfx")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="apotfx-"))
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    operand = POINTER(_Operand)
+    for function, result, arguments in (
+        (loaded.encode_float, c_int, [operand, c_void_p, c_void_p]),
+        (loaded.encode_byte, c_int, [operand, c_void_p, c_void_p]),
+        (loaded.gradient, None, [operand, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]),
+        (loaded.standard_deviation, None, [c_void_p, c_int64, c_void_p, c_void_p]),
+    ):
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def accept(x: Tensor) -> bool:
+    """Whether the kernels can work on x, or on a dense copy of it."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def encode(operand: Operand, factor: Tensor | None = None) -> Tensor | None:
+    """The levels of `operand`, with a factor (shape []) times it and their float step; None if a value is NaN.
+
+    As `functional.encode` and `functional.decode` compute them, in every bit.
+    """
+    values = _dense(operand.values)
+    table = _float_table(operand.levels.set)
+    n = torch.empty_like(values)
+    has_nan = library().encode_float(_describe(operand, values, table), n.data_ptr(), _pointer(factor))
+    return None if has_nan else n
+
+
+def encode_bytes(operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
+    """The levels of `operand` plus `zero_point` as one tensor b of bytes, or two (b[0] + 256 b[1]); None for NaN."""
+    values = _dense(operand.values)
+    parts = []
+    for table in _byte_tables(operand.levels.set, zero_point):
+        parts.append(torch.empty_like(values, dtype=dtype))
+        if library().encode_byte(_describe(operand, values, table), parts[-1].data_ptr(), None):
+            return None
+    return parts
+
+
+def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: bool) -> tuple[Tensor, Tensor]:
+    """`functional.quantization_gradient` of `factor * grad`, for the values and for the clip in its unit.
+
+    Overwrites `grad`, where that has the strides of the values, with the result.
+    """
+    values = _dense(operand.values)
+    if grad.stride() != values.stride():
+        grad = torch.empty_like(values).copy_(grad)
+    rows = operand.clip.numel()
+    sums = torch.empty(rows * (values.numel() // rows // BLOCK + 1), dtype=torch.float64)
+    grad_clip = torch.empty_like(operand.clip)
+    library().gradient(
+        _describe(operand, values, _float_table(operand.levels.set)), grad.data_ptr(), grad.data_ptr(),
+        _pointer(factor), everywhere, sums.data_ptr(), grad_clip.data_ptr(),
+    )  # fmt: skip
+    return grad, grad_clip
+
+
+def standard_deviation(x: Tensor) -> Tensor:
+    """`functional.standard_deviation` of a dense float32 x, summed in float64."""
+    sums = torch.empty(2 * (x.numel() // BLOCK + 1), dtype=torch.float64)
+    result = torch.empty((), dtype=torch.float32)
+    library().standard_deviation(x.data_ptr(), x.numel(), sums.data_ptr(), result.data_ptr())
+    return result
+
+
+def fits_byte(level_set: LevelSet) -> bool:
+    """Whether one byte holds every level; two do otherwise."""
+    return level_set.max < (2**7 if level_set.signed else 2**8)
+
+
+@functools.cache
+def _float_table(level_set: LevelSet) -> Tensor:
+    return torch.tensor(level_set.encoding_table, dtype=torch.float32)
+
+
+@functools.cache
+def _byte_tables(level_set: LevelSet, zero_point: int) -> list[Tensor]:
+    """int32 tables of the bytes of `level + zero_point`, the lowest first."""
+    return split_bytes(torch.tensor(level_set.encoding_table, dtype=torch.int32), level_set, zero_point)
+
+
+def split_bytes(n: Tensor, level_set: LevelSet, zero_point: int) -> list[Tensor]:
+    """Tensors b with `n = b[0] - zero_point`, or `n = (b[0] - zero_point) + 256 (b[1] - zero_point)` for wide levels."""
+    parts = [n]
+    if not fits_byte(level_set):
+        low = torch.remainder(n + 128, 256) - 128 if level_set.signed else torch.remainder(n, 256)
+        parts = [low, (n - low) // 256]
+    return [part + zero_point for part in parts]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if is_dense(x) else x.contiguous()
+
+
+def _describe(operand: Operand, values: Tensor, table: Tensor) -> _Operand:
+    """The tensors must outlive what is made of them here."""
+    clip, levels = operand.clip, operand.levels
+    rows = clip.numel()
+    low, high = levels.rectifier or (0.0, 0.0)
+    return _Operand(
+        values.data_ptr(), rows, values.numel() // rows, clip.data_ptr(), _pointer(operand.unit), table.data_ptr(),
+        levels.set.max, levels.set.signed, levels.rectifier is not None, low, high,
+    )  # fmt: skip
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

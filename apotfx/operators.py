@@ -1,0 +1,179 @@
+"""The two operators that a network multiplies with: convolution and matrix product, on floats and on 8-bit integers."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT32_EXACT = 2**24  # integers, and sums of integers, are exact in float32 below this
+BFLOAT16_EXACT = 2**8
+INT32_EXACT = 2**31
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here, as torch.compile would break the graph on it
+
+
+class Convolution(NamedTuple):
+    """A convolution of any dimension, without bias."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """The shape that broadcasts one value per output channel over the output."""
+        return (-1, *(1 for _ in self.stride))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
+        return torch.convolution(x, w[taps] if taps else w, None, *convolution._arguments)
+
+    def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
+        """Gradients for x and w, None where `needs` is false."""
+        convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
+        used = w[taps] if taps else w
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            grad, x, used, None, *convolution._arguments, [*needs, False]
+        )
+        if taps and grad_w is not None:
+            grad_used, grad_w = grad_w, torch.zeros_like(w, dtype=grad_w.dtype)
+            grad_w[taps] = grad_used
+        return grad_x, grad_w
+
+    @property
+    def _arguments(self) -> tuple:
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
+
+    def multiplications(self, x: Tensor, w: Tensor) -> int:
+        """How many the forward takes, up to what padding saves."""
+        return x.shape[0] * w.numel() * math.prod(size // stride for size, stride in zip(x.shape[2:], self.stride))
+
+    def supports_bytes(self, x: Tensor) -> bool:
+        return len(self.stride) == 2
+
+    def forward_bytes(self, x: Tensor, zero_point: int, w: Tensor, scale: Tensor) -> Tensor:
+        """`scale * convolution(x - zero_point, w)`, summed in int32 and rounded to float32 before the multiplication.
+
+        Args:
+            x: uint8 [N, C_in, H, W]; zero_point is its value for 0.
+            w: int8 [C_out, C_in / groups, kernel height, kernel width].
+            scale: float32 [1] or [C_out].
+
+        Returns:
+            float32 [N, C_out, H', W'] in channels-last format.
+        """
+        convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
+        stride, padding, dilation, groups = convolution
+        packed = torch.ops.onednn.qconv_prepack(
+            w[taps] if taps else w, scale, 1.0, zero_point, stride, padding, dilation, groups, None
+        )
+        return torch.ops.onednn.qconv2d_pointwise(
+            x, 1.0, zero_point, packed, scale, _zeros(len(scale)), None, stride, padding, dilation, groups,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def without_idle_taps(
+    convolution: Convolution, sizes: tuple[int, ...], kernel: tuple[int, ...]
+) -> tuple[Convolution, tuple[slice, ...] | None]:
+    """The same convolution without the taps of its kernel that meet padding only, such as 8 of 9 on a 1x1 map.
+
+    Besides being work for nothing, they are where oneDNN leaves bfloat16 weight gradients unset.
+
+    Args:
+        sizes, kernel: of the input and of the weight, without batch and channels.
+
+    Returns:
+        (the convolution, the slices that cut the weight to the taps it uses; None if it uses all).
+    """
+    padding, taps = [], []
+    for size, k, s, p, d in zip(sizes, kernel, convolution.stride, convolution.padding, convolution.dilation):
+        outputs = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        used = [t for t in range(k) if any(0 <= o * s - p + t * d < size for o in range(max(outputs, 0)))]
+        first, count = (used[0], used[-1] + 1 - used[0]) if used else (0, k)
+        less = p - first * d
+        if less < 0 or (size + 2 * less - d * (count - 1) - 1) // s + 1 != outputs:
+            first, count, less = 0, k, p
+        padding.append(less)
+        taps.append(slice(first, first + count))
+    if all(tap.stop - tap.start == k for tap, k in zip(taps, kernel)):
+        return convolution, None
+    return convolution._replace(padding=tuple(padding)), (slice(None), slice(None), *taps)
+
+
+class MatrixProduct(NamedTuple):
+    """`x @ w.T`, a linear layer without bias."""
+
+    channel_shape: tuple[int, ...] = (-1,)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.mT
+
+    def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
+        grad_x = grad @ w if needs[0] else None
+        grad_w = grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        return grad_x, grad_w
+
+    def multiplications(self, x: Tensor, w: Tensor) -> int:
+        return x.numel() * w.shape[0]
+
+    def supports_bytes(self, x: Tensor) -> bool:
+        return x.dim() > 1
+
+    def forward_bytes(self, x: Tensor, zero_point: int, w: Tensor, scale: Tensor) -> Tensor:
+        """`scale * ((x - zero_point) @ w.T)`, as `Convolution.forward_bytes`: x uint8 [..., C_in], w int8 [C_out, C_in]."""
+        rows = x.reshape(-1, x.shape[-1])
+        packed = torch.ops.onednn.qlinear_prepack(w, list(rows.shape))
+        y = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, zero_point, packed, scale, _zeros(len(scale)), None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+Operator = Convolution | MatrixProduct
+
+
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    """The zero points of weights, which oneDNN asks for."""
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def accumulator_bound(weight_shape: torch.Size, max_w: int, max_x: int) -> int:
+    """The largest magnitude that an accumulator of a layer can reach: `K * max_w * max_x`.
+
+    K = in_channels / groups * kernel size = elements of the weight per output channel.
+    """
+    return weight_shape[1:].numel() * max_w * max_x
+
+
+def exact_dtype(weight_shape: torch.Size, max_w: int, max_x: int, device: torch.device) -> torch.dtype:
+    """A dtype in which the accumulators of a layer are exact, whatever the order of summation.
+
+    float32 where `accumulator_bound` allows it, and the levels too, should the user let float32 products run
+    in bfloat16. float64 elsewhere: cuDNN and NNPACK (used where oneDNN is missing or off) may compute float32
+    convolutions by Winograd or FFT, which are not exact on integers; they have none for float64.
+    """
+    exact = accumulator_bound(weight_shape, max_w, max_x) < FLOAT32_EXACT and max(max_w, max_x) <= BFLOAT16_EXACT
+    direct = device.type == "cpu" and HAS_ONEDNN and torch.backends.mkldnn.enabled
+    return torch.float32 if exact and direct else torch.float64
+
+
+def scaled_op(n_x: Tensor, n_w: Tensor, scale: Tensor, operator: Operator, dtype: torch.dtype) -> Tensor:
+    """`scale * operator(n_x, n_w)`, the accumulators computed in `dtype`, the result in scale's dtype.
+
+    Args:
+        n_x: integer levels of the input (or, for a float input, its values).
+        n_w: integer levels of the weight (or its values).
+        scale: shape [], or whatever broadcasts over the output.
+    """
+    return operator.forward(n_x.to(dtype), n_w.to(dtype)).to(scale.dtype) * scale
+
+
+def output_scale(scale_x: Tensor, scale_w: Tensor, operator: Operator) -> Tensor:
+    """The factor from accumulators to outputs: shape [] or, per output channel, broadcasting over the output."""
+    scale = scale_x * scale_w
+    return scale.reshape(operator.channel_shape) if scale.dim() else scale
