@@ -1,6 +1,7 @@
 """Low-bit quantization-aware training: a plain float network in, exact integers out."""
 
 from .calibrate import calibrate
+from .engine import use_engine
 from .errors import ApotfxError
 from .integer import export_integer, load_integer, read_integer
 from .levels import LevelSet
@@ -20,4 +21,5 @@ __all__ = [
     "quantize",
     "read_integer",
     "summary",
+    "use_engine",
 ]

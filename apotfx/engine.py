@@ -4,6 +4,8 @@ All engines compute the same function: in evaluation the same bits, in training 
 """
 
 import functools
+import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from .operators import (
 )
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Below this many multiplications, packing the weight costs more than 8-bit arithmetic saves (measured at batch 128).
 WORTH_BYTES = 2**25
 
@@ -40,15 +43,18 @@ class Eager:
         """Of the whole weight, unbiased; shape []."""
         return F.standard_deviation(w)
 
-    def levels(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
         """The operand's integer levels, in float; with a factor (shape []) times it and the float step of a level.
 
-        For a float operand, its values stand for the levels, with step 1.
+        For a float operand, its values stand for the levels, with step 1. With the name of a `scratch` buffer, the
+        result may live there until the next call with that name in the same thread.
         """
         n = operand.values if operand.levels is None else F.encode(operand.values, operand.used_clip, operand.levels)
         return n if factor is None else n * (operand.scale * factor).to(n.dtype)
 
-    def level_bytes(self, operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
+    def level_bytes(
+        self, operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
+    ) -> list[Tensor] | None:
         """The levels plus `zero_point` as a tensor b of bytes, or two (b[0] + 256 b[1]); None if a value is NaN."""
         n = F.encode(operand.values, operand.used_clip, operand.levels)
         if n.isnan().any():
@@ -85,13 +91,54 @@ class Eager:
         """
         if exact or dtype.itemsize < 4:
             scale = output_scale(scale_x, w.scale, operator)
-            return scaled_op(self.levels(x), self.levels(w), scale, operator, dtype)
+            return scaled_op(self.levels(x, None, "x"), self.levels(w, None, "w"), scale, operator, dtype)
         # The scale goes into the weight, which is smaller than the output.
-        return operator.forward(self.levels(x).to(dtype), self.levels(w, scale_x).to(dtype))
+        return operator.forward(self.levels(x, None, "x").to(dtype), self.levels(w, scale_x, "w").to(dtype))
+
+
+class Inductor(Eager):
+    """The plain operations in one kernel per step, by torch.compile: Triton on a GPU, one compilation per level set."""
+
+    name = "inductor"
+
+    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
+        if operand.levels is None or not F.is_dense(operand.values) or operand.clip.dim():
+            return super().levels(operand, factor)
+        n = _inductor(F.encode)(F.flat(operand.values), operand.used_clip, operand.levels)
+        n = n.as_strided(operand.values.shape, operand.values.stride())
+        return n if factor is None else n * (operand.scale * factor)
+
+    def gradient(
+        self,
+        grad: Tensor,
+        operand: Operand,
+        n: Tensor | None = None,
+        factor: Tensor | None = None,
+        everywhere: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        x = operand.values
+        alike = F.is_dense(x) and grad.stride() == x.stride() and (n is None or n.stride() == x.stride())
+        if operand.levels is None or operand.clip.dim() or not alike:
+            return super().gradient(grad, operand, n, factor, everywhere)
+        grad = grad if factor is None else grad * factor
+        n = self.levels(operand) if n is None else n
+        grad_x, grad_clip = _inductor(F.quantization_gradient)(
+            F.flat(grad), F.flat(x), F.flat(n), operand.used_clip, operand.levels, everywhere
+        )
+        return grad_x.as_strided(x.shape, x.stride()), grad_clip if operand.unit is None else grad_clip * operand.unit
+
+
+@functools.cache
+def _inductor(function: Callable) -> Callable:
+    import torch._dynamo  # here, as it takes a second
+
+    # Each level set compiles anew; at torch's limit of 8 the others would silently stay slow.
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    return torch._dynamo.config.patch(limit, 256)(torch.compile(function, dynamic=True))
 
 
 class Compiled(Eager):
-    """The quantizer's arithmetic in compiled kernels: float32 on the CPU, whatever is not goes the plain way."""
+    """The quantizer's arithmetic in compiled kernels: ours for float32 on the CPU, torch.compile's on a GPU."""
 
     name = "compiled"
 
@@ -100,14 +147,16 @@ class Compiled(Eager):
             return kernels.standard_deviation(w)
         return super().standard_deviation(w)
 
-    def levels(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
         n = None
         if operand.levels is not None and kernels.accept(operand.values):
-            n = kernels.encode(operand, factor)
-        return super().levels(operand, factor) if n is None else n
+            n = kernels.encode(operand, factor, scratch)
+        return _otherwise(operand).levels(operand, factor) if n is None else n
 
-    def level_bytes(self, operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
-        return kernels.encode_bytes(operand, dtype, zero_point)
+    def level_bytes(
+        self, operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
+    ) -> list[Tensor] | None:
+        return kernels.encode_bytes(operand, dtype, zero_point, scratch)
 
     def gradient(
         self,
@@ -119,7 +168,13 @@ class Compiled(Eager):
     ) -> tuple[Tensor, Tensor | None]:
         if operand.levels is not None and kernels.accept(operand.values) and grad.dtype == torch.float32:
             return kernels.gradient(grad, operand, factor, everywhere)
-        return super().gradient(grad, operand, n, factor, everywhere)
+        return _otherwise(operand).gradient(grad, operand, n, factor, everywhere)
+
+
+def _otherwise(operand: Operand) -> Eager:
+    """What computes an operand that our kernels do not accept."""
+    on_gpu = operand.values.device.type == "cuda" and not torch.compiler.is_compiling()
+    return INDUCTOR if on_gpu and HAS_TRITON else EAGER
 
 
 class Int8(Eager):
@@ -137,8 +192,8 @@ class Int8(Eager):
         if _fit_bytes(x, w, exact) and operator.supports_bytes(x.values):
             if dtype == torch.float64 or operator.multiplications(x.values, w.values) > WORTH_BYTES:
                 zero_point = 128 if x.levels.set.signed else 0
-                x_bytes = self.base.level_bytes(x, torch.uint8, zero_point)
-                w_bytes = self.base.level_bytes(w, torch.int8)
+                x_bytes = self.base.level_bytes(x, torch.uint8, zero_point, "x")
+                w_bytes = self.base.level_bytes(w, torch.int8, 0, "w")
                 if x_bytes is not None and w_bytes is not None:
                     scale = (scale_x * w.scale).reshape(-1)
                     y = _sum_of_products(x_bytes, zero_point, w_bytes, scale, operator)
@@ -165,7 +220,7 @@ def _sum_of_products(x_bytes: list[Tensor], zero_point: int, w_bytes: list[Tenso
     return total
 
 
-EAGER, COMPILED = Eager(), Compiled()
+EAGER, INDUCTOR, COMPILED = Eager(), Inductor(), Compiled()
 ENGINES = ("int8", "compiled", "eager")
 
 
@@ -242,9 +297,13 @@ def _what_bytes_lack() -> str | None:
     return None if exact else "it is not exact here"
 
 
-@functools.cache
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+def _one(like: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or like.dtype != torch.float32 or like.device.type != "cpu":
+        return like.new_ones(())
+    return ONE
+
+
+ONE = torch.ones(())
 
 
 class _QuantizedOp(torch.autograd.Function):
@@ -279,12 +338,12 @@ class _QuantizedOp(torch.autograd.Function):
         x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        n_x = engine.levels(x) if needs_w else None
+        n_x = engine.levels(x, None, "x") if needs_w else None
         # The scales go into the smaller operands, which saves a pass over the output and over the input.
         grad_x, grad_w = operator.backward(
             grad.to(dtype),
             n_x.to(dtype) if needs_w else x.values,
-            engine.levels(w, _one(w.values.dtype, w.values.device)).to(dtype) if needs_x else w.values,
+            engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
             (needs_x, needs_w),
         )
         grad_clip_x = grad_clip_w = None

@@ -4,7 +4,7 @@
 Wang, "Additive Powers-of-Two Quantization", ICLR 2020, arXiv 1909.13144.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from .levels import LevelSet
 MIN_CLIP = 1e-8  # a clip that training drives to zero or below would turn the whole layer into NaN
 
 
-class Levels(NamedTuple):
+@dataclass(eq=False)
+class Levels:
     """What the arithmetic needs to know of a level set.
 
     `rectifier` is the range (low, high) of an activation function `clamp(low, high)` that comes before the levels, such
@@ -38,7 +39,8 @@ class Levels(NamedTuple):
         return -self.set.max if self.set.signed else 0
 
 
-class Operand(NamedTuple):
+@dataclass(eq=False)
+class Operand:
     """One factor of a quantized operator: float values and, unless they stay float, how they are quantized."""
 
     values: Tensor
@@ -129,6 +131,8 @@ def quantization_gradient(
 
 
 def _sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    if torch.compiler.is_compiling():  # which makes one pass of it anyway
+        return (a * b).sum_to_size(shape)
     if not shape and a.dtype == b.dtype and a.stride() == b.stride() and is_dense(a):
         return torch.dot(flat(a), flat(b))  # without the product in memory
     return (a * b).sum_to_size(shape)

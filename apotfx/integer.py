@@ -374,10 +374,11 @@ def _integer_layer(
                 raise ApotfxError(
                     f"{MANIFEST}: layer {name} has the {kind} {key} {values}, expected 1 or {channels} numbers above 0"
                 )
+    levels = tensors[f"{name}.weight"]
     scale_shape = () if weight is None or len(weight["scale"]) == 1 else (-1,) + (1,) * (len(entry["shape"]) - 1)
     integer_layer = IntegerLayer(
         geometry=Geometry.of(layer),
-        weight=tensors[f"{name}.weight"],
+        weight=torch.empty_like(layer.weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
         weight_levels=None if weight is None else _level_set(weight),
         weight_scale=torch.tensor([1.0] if weight is None else weight["scale"]).reshape(scale_shape),
         input_levels=None if inputs is None else _level_set(inputs),

@@ -1,8 +1,9 @@
 /* The quantizer's arithmetic in one pass over memory each; kernels.py compiles and calls it.
 
    Every function works on `rows` rows of `cols` floats that lie one after another, with one clip per row, and computes
-   what its namesake in functional.py does, operation by operation in float32, so that the levels are the same. Work
-   is cut into blocks of fixed size, so that sums do not depend on the number of threads. */
+   what its namesake in functional.py does, operation by operation in float32, so that the levels are the same: where
+   torch divides a number by a tensor it multiplies with the reciprocal. Work is cut into blocks of fixed size, so that
+   sums do not depend on the number of threads. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -33,31 +34,31 @@ static float used_clip(const Operand *o, int64_t row) {
 }
 
 /* out = levels, or levels * (float step of a level) * factor if there is a factor; returns whether any value is NaN. */
-#define ENCODE(NAME, OUT, TABLE)                                                                                   \
-    int NAME(const Operand *o, OUT *restrict out, const float *factor) {                                           \
-        const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                        \
-        const float top = 2.0f * (float)o->max, bottom = o->is_signed ? -top : 0.0f;                               \
-        const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;             \
-        const TABLE *restrict table = (const TABLE *)o->table - (int32_t)bottom;                                   \
-        int nan = 0;                                                                                               \
-        _Pragma("omp parallel for schedule(static) reduction(|:nan) if(rows * cols > 4 * BLOCK)")                  \
-        for (int64_t block = 0; block < rows * per_row; block++) {                                                 \
-            const int64_t row = block / per_row, start = block % per_row * BLOCK;                                  \
-            const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;                                     \
-            const float *restrict from = o->values + row * cols + start;                                           \
-            OUT *restrict to = out + row * cols + start;                                                           \
-            const float clip = used_clip(o, row), by = top / clip;                                                 \
-            const OUT times = factor ? (OUT)(clip / (float)o->max * *factor) : (OUT)1;                             \
-            int32_t bad = 0;                                                                                       \
-            _Pragma("omp simd reduction(|:bad)")                                                                   \
-            for (int64_t i = 0; i < count; i++) {                                                                  \
-                const float v = from[i];                                                                           \
-                bad |= v != v;                                                                                     \
-                to[i] = (OUT)(table[(int32_t)clamp(clamp(v, low, high) * by, bottom, top)] * times);               \
-            }                                                                                                      \
-            nan |= bad;                                                                                            \
-        }                                                                                                          \
-        return nan;                                                                                                \
+#define ENCODE(NAME, OUT, TABLE)                                                                                       \
+    int NAME(const Operand *o, OUT *restrict out, const float *factor) {                                               \
+        const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                            \
+        const float top = 2.0f * (float)o->max, bottom = o->is_signed ? -top : 0.0f;                                   \
+        const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;                 \
+        const TABLE *restrict table = (const TABLE *)o->table - (int32_t)bottom;                                       \
+        int nan = 0;                                                                                                   \
+        _Pragma("omp parallel for schedule(static) reduction(|:nan) if(rows * cols > 4 * BLOCK)")                      \
+        for (int64_t block = 0; block < rows * per_row; block++) {                                                     \
+            const int64_t row = block / per_row, start = block % per_row * BLOCK;                                      \
+            const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;                                         \
+            const float *restrict from = o->values + row * cols + start;                                               \
+            OUT *restrict to = out + row * cols + start;                                                               \
+            const float clip = used_clip(o, row), by = 1.0f / clip * top;                                              \
+            const OUT times = factor ? (OUT)(clip / (float)o->max * *factor) : (OUT)1;                                 \
+            int32_t bad = 0;                                                                                           \
+            _Pragma("omp simd reduction(|:bad)")                                                                       \
+            for (int64_t i = 0; i < count; i++) {                                                                      \
+                const float v = from[i];                                                                               \
+                bad |= v != v;                                                                                         \
+                to[i] = (OUT)(table[(int32_t)clamp(clamp(v, low, high) * by, bottom, top)] * times);                   \
+            }                                                                                                          \
+            nan |= bad;                                                                                                \
+        }                                                                                                              \
+        return nan;                                                                                                    \
     }
 
 ENCODE(encode_float, float, float)
@@ -81,7 +82,7 @@ void gradient(const Operand *o, const float *grad, float *grad_x, const float *f
         const float *restrict x = o->values + row * cols + start;
         const float *in = grad + row * cols + start;
         float *out = grad_x + row * cols + start;
-        const float clip = used_clip(o, row), by = top / clip, to_level = max / clip;
+        const float clip = used_clip(o, row), by = 1.0f / clip * top, to_level = 1.0f / clip * max;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < count; i++) {

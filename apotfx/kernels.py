@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -130,24 +131,46 @@ def accept(x: Tensor) -> bool:
     )
 
 
-def encode(operand: Operand, factor: Tensor | None = None) -> Tensor | None:
+class _Scratch(threading.local):
+    """Buffers by name that are used again, as a fresh one would have to be mapped into memory page by page."""
+
+    def __init__(self):
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, x: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor of x's shape and strides; without a name a fresh one."""
+        if name is None:
+            return torch.empty_like(x, dtype=dtype)
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < x.numel():
+            self.buffers[name, dtype] = buffer = torch.empty(x.numel(), dtype=dtype)
+        return buffer.as_strided(x.shape, x.stride())
+
+
+_scratch = _Scratch()
+
+
+def encode(operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor | None:
     """The levels of `operand`, with a factor (shape []) times it and their float step; None if a value is NaN.
 
-    As `functional.encode` and `functional.decode` compute them, in every bit.
+    As `functional.encode` and `functional.decode` compute them, in every bit. With the name of a `scratch` buffer, they
+    last until the next call with that name in the same thread.
     """
     values = _dense(operand.values)
     table = _float_table(operand.levels.set)
-    n = torch.empty_like(values)
+    n = _scratch.like(values, scratch, torch.float32)
     has_nan = library().encode_float(_describe(operand, values, table), n.data_ptr(), _pointer(factor))
     return None if has_nan else n
 
 
-def encode_bytes(operand: Operand, dtype: torch.dtype, zero_point: int = 0) -> list[Tensor] | None:
-    """The levels of `operand` plus `zero_point` as one tensor b of bytes, or two (b[0] + 256 b[1]); None for NaN."""
+def encode_bytes(
+    operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
+) -> list[Tensor] | None:
+    """The levels of `operand` plus `zero_point` as `split_bytes` gives them; None for NaN. `scratch` as in `encode`."""
     values = _dense(operand.values)
     parts = []
-    for table in _byte_tables(operand.levels.set, zero_point):
-        parts.append(torch.empty_like(values, dtype=dtype))
+    for i, table in enumerate(_byte_tables(operand.levels.set, zero_point)):
+        parts.append(_scratch.like(values, scratch and f"{scratch}{i}", dtype))
         if library().encode_byte(_describe(operand, values, table), parts[-1].data_ptr(), None):
             return None
     return parts

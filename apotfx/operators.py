@@ -28,23 +28,19 @@ class Convolution(NamedTuple):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
-        return torch.convolution(x, w[taps] if taps else w, None, *convolution._arguments)
+        return torch.convolution(x, w[taps] if taps else w, None, *_arguments(convolution))
 
     def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
         """Gradients for x and w, None where `needs` is false."""
         convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
         used = w[taps] if taps else w
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            grad, x, used, None, *convolution._arguments, [*needs, False]
+            grad, x, used, None, *_arguments(convolution), [*needs, False]
         )
         if taps and grad_w is not None:
             grad_used, grad_w = grad_w, torch.zeros_like(w, dtype=grad_w.dtype)
             grad_w[taps] = grad_used
         return grad_x, grad_w
-
-    @property
-    def _arguments(self) -> tuple:
-        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
     def multiplications(self, x: Tensor, w: Tensor) -> int:
         """How many the forward takes, up to what padding saves."""
@@ -75,7 +71,11 @@ class Convolution(NamedTuple):
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1024)
+def _arguments(convolution: Convolution) -> tuple:
+    stride, padding, dilation, groups = convolution
+    return stride, padding, dilation, False, [0] * len(stride), groups
+
+
 def without_idle_taps(
     convolution: Convolution, sizes: tuple[int, ...], kernel: tuple[int, ...]
 ) -> tuple[Convolution, tuple[slice, ...] | None]:
@@ -89,6 +89,13 @@ def without_idle_taps(
     Returns:
         (the convolution, the slices that cut the weight to the taps it uses; None if it uses all).
     """
+    if torch.compiler.is_compiling():  # which sees through no cache, and may not know the sizes
+        return convolution, None
+    return _without_idle_taps(convolution, sizes, kernel)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_idle_taps(convolution: Convolution, sizes: tuple[int, ...], kernel: tuple[int, ...]):
     padding, taps = [], []
     for size, k, s, p, d in zip(sizes, kernel, convolution.stride, convolution.padding, convolution.dilation):
         outputs = (size + 2 * p - d * (k - 1) - 1) // s + 1

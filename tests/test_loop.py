@@ -10,7 +10,7 @@ from apotfx.errors import ApotfxError
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, Split
 from apotfx.training.distributed import Processes
-from apotfx.training.loop import Trainer, evaluate, first_non_finite, lr_factor, moving_average, parameter_groups
+from apotfx.training.loop import MovingAverage, Trainer, evaluate, first_non_finite, lr_factor, parameter_groups
 from apotfx.training.monitor import Monitor
 
 CPU = torch.device("cpu")
@@ -84,11 +84,11 @@ def test_parameter_groups_hold_each_parameter_once():
 
 def test_moving_average_follows_its_formula():
     model = nn.Linear(1, 1, bias=False)
-    average = moving_average(model, 0.5)
+    average = MovingAverage(model, 0.5)
     expected = None
     for n in range(6):
         nn.init.constant_(model.weight, n * n)
-        average.update_parameters(model)
+        average.update_parameters()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = n * n if n == 0 else decay * expected + (1 - decay) * n * n
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from apotfx.calibrate import calibrate
+from apotfx.engine import Choice, use_engine
 from apotfx.errors import ApotfxError
 from apotfx.layers import QuantLayer
 from apotfx.models import build_model
@@ -22,11 +23,17 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Network:
-    """A float model, what quantization made of it (on its device), and the input size in pixels that both take."""
+    """A float model, what quantization made of it (on its device), and how they are used.
+
+    Attributes:
+        image_size: of the input of both, in pixels.
+        engine: what computes the quantized layers, and why.
+    """
 
     float_model: nn.Module
     qmodel: fx.GraphModule
     image_size: int
+    engine: Choice
 
 
 def with_published_policy(config: TrainConfig, pretrained: Checkpoint | None) -> TrainConfig:
@@ -47,6 +54,7 @@ def build_network(
     if pretrained is not None:
         load_state(float_model, pretrained, carry_over=True)
     qmodel = quantize(float_model, config.bit_policy()).to(device)
+    engine = use_engine(qmodel, config.engine)
     if is_quantized(qmodel):
         batches = TrainBatches(
             dataset.train, batch_size=min(config.batch_size, len(dataset.train)), seed=config.seed, augment=Augment.none(),
@@ -56,7 +64,7 @@ def build_network(
         calibrate(qmodel, inputs, method=config.clip_init)
     if pretrained is not None:
         load_state(qmodel, pretrained, carry_over=True)
-    return Network(float_model, qmodel, image_size)
+    return Network(float_model, qmodel, image_size, engine)
 
 
 def restore_network(config: TrainConfig, dataset: Dataset, device: torch.device, checkpoint: Checkpoint) -> Network:
@@ -64,7 +72,7 @@ def restore_network(config: TrainConfig, dataset: Dataset, device: torch.device,
     float_model, image_size = build_float(config, dataset)
     qmodel = quantize(float_model, config.bit_policy())
     load_state(qmodel, checkpoint)
-    return Network(float_model, qmodel.to(device), image_size)
+    return Network(float_model, qmodel.to(device), image_size, use_engine(qmodel, config.engine))
 
 
 def build_teacher(config: TrainConfig, dataset: Dataset, device: torch.device, image_size: int) -> nn.Module | None:
@@ -100,6 +108,7 @@ def is_quantized(model: nn.Module) -> bool:
 def build_float(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, int]:
     """The fresh float network for `dataset`, and the image size that it takes."""
     torch.manual_seed(config.seed)
-    return build_model(
+    model, image_size = build_model(
         config.arch, in_channels=dataset.in_channels, num_classes=dataset.num_classes, image_size=dataset.image_size
     )
+    return model.to(memory_format=torch.channels_last), image_size  # convolutions hand the format on

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from apotfx.engine import ENGINES
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import FLOAT_BITS, BitPolicy
@@ -60,6 +61,7 @@ class TrainConfig:
         seed: of the initial weights, the data order and the augmentation.
         amp: compute in bfloat16 where it is safe.
         compile: run the network through torch.compile.
+        engine: what computes the quantized layers; see `apotfx.use_engine`.
     """
 
     recipe: str = "default"
@@ -89,6 +91,7 @@ class TrainConfig:
     seed: int = 0
     amp: bool = False
     compile: bool = False
+    engine: str = "auto"
 
     def __post_init__(self):
         _require(self.recipe in RECIPES, "recipe", self.recipe, f"one of {', '.join(RECIPES)}")
@@ -100,6 +103,7 @@ class TrainConfig:
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _require(self.augment in AUGMENTATIONS, "augment", self.augment, f"one of {', '.join(AUGMENTATIONS)}")
         _require(self.clip_init in CLIP_INITS, "clip-init", self.clip_init, f"one of {', '.join(CLIP_INITS)}")
+        _require(self.engine in ("auto", *ENGINES), "engine", self.engine, f"one of auto, {', '.join(ENGINES)}")
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 2, "batch-size", self.batch_size, "at least 2 (batch norm needs two images)")
         _require(0 < self.lr < float("inf"), "lr", self.lr, "more than 0")

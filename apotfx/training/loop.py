@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,31 @@ from apotfx.training.monitor import Monitor, profiler
 
 EVAL_BATCH_SIZE = 1000
 MONITORED_IMAGES = 256
+
+
+class Stopwatch:
+    """Seconds by part of the work. On a GPU, which works on its own, the part that waits for it is charged."""
+
+    def __init__(self, seconds: dict[str, float] | None = None):
+        self.seconds = dict(seconds or {})
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def iterate(self, part: str, items: Iterable) -> Iterator:
+        """`items`, with the time that they take to come charged to `part`."""
+        items = iter(items)
+        while True:
+            with self(part):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
 
 class Interrupted(Exception):
@@ -74,21 +99,37 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     ]
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """An exponential moving average of parameters and batch-norm statistics.
 
     The decay starts low and rises to `decay`, so that a short run is not dominated by its initial weights.
     """
 
-    @torch.no_grad()
-    def average(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        if not averages[0].is_floating_point():
-            torch._foreach_copy_(averages, values)
-            return
-        n = int(count)
-        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+        # Listed once: to group tensors anew in each step, as the base class does, costs more than to average them.
+        pairs = [
+            (average.detach(), value.detach())
+            for kind in ("parameters", "buffers")
+            for average, value in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True)
+        ]
+        self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module | None = None) -> None:
+        """Average in the values of the model that was passed at the start."""
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        for pairs, update in (
+            (self.floats, functools.partial(torch._foreach_lerp_, weight=weight)),
+            (self.others, torch._foreach_copy_),
+        ):
+            if pairs:
+                averages, values = zip(*pairs)
+                update(averages, values)
+        self.n_averaged += 1
 
 
 @torch.no_grad()
@@ -145,8 +186,9 @@ class Trainer:
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov and config.momentum > 0,
+            fused=device.type in ("cpu", "cuda"),
         )
-        self.average = moving_average(self.model, config.ema) if config.ema else None
+        self.average = MovingAverage(self.model, config.ema) if config.ema else None
         self.network = self.model
         if processes.world_size > 1:
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None)
@@ -154,6 +196,7 @@ class Trainer:
             self.network = torch.compile(self.network)
         self.step = 0
         self.seconds = 0.0
+        self.clock = Stopwatch()
         self.best = {"val_acc": -1.0, "epoch": 0}
         self.running = {"loss": 0.0, "correct": 0, "images": 0}
 
@@ -181,7 +224,7 @@ class Trainer:
                 began = time.perf_counter()
                 progress = _progress(epoch, self.config.epochs, start, steps, print_freq, self.processes.is_main)
                 self.network.train()
-                for images, labels in self.batches.epoch(epoch, start):
+                for images, labels in self.clock.iterate("data", self.batches.epoch(epoch, start)):
                     self._train_step(images, labels)
                     if trace is not None:
                         trace.step()
@@ -196,17 +239,19 @@ class Trainer:
         factor = lr_factor(self.config.schedule, self.step / self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor * group["lr_factor"]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+        with self.clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             logits = self.network(images).float()
             loss = self._loss(logits, images, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not math.isfinite(loss.item() + norm.item()):
-            self._report_divergence(loss.item(), images)
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.model)
+        with self.clock("backward"):
+            self.optimizer.zero_grad()
+            loss.backward()
+        with self.clock("optimizer"):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if not math.isfinite(loss.item() + norm.item()):
+                self._report_divergence(loss.item(), images)
+            self.optimizer.step()
+            if self.average:
+                self.average.update_parameters()
         self.step += 1
         self.running["loss"] += loss.item() * len(labels)
         self.running["correct"] += (logits.argmax(1) == labels).sum().item()
@@ -233,13 +278,18 @@ class Trainer:
     def _end_epoch(self, epoch: int, run_dir: Path, monitor: Monitor, began: float) -> None:
         train = self._running_metrics()
         self.running = dict.fromkeys(self.running, 0)
-        val_acc = evaluate(self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes)
+        with self.clock("evaluation"):
+            val_acc = evaluate(
+                self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes
+            )
         if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
             if self.processes.is_main:
                 best = self._identity() | {"model": self.evaluated.state_dict()} | self.best
-                save_checkpoint(run_dir / "best.pt", best)
-        monitor.layers(self.evaluated, self._monitored_images(), self.step)
+                with self.clock("saving"):
+                    save_checkpoint(run_dir / "best.pt", best)
+        with self.clock("logging"):
+            monitor.layers(self.evaluated, self._monitored_images(), self.step)
         lr = self.optimizer.param_groups[0]["lr"]
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -285,7 +335,8 @@ class Trainer:
     def save(self, run_dir: Path) -> None:
         """Write `checkpoint.pt`, on the main process."""
         if self.processes.is_main:
-            save_checkpoint(run_dir / "checkpoint.pt", self._identity() | self.state_dict())
+            with self.clock("saving"):
+                save_checkpoint(run_dir / "checkpoint.pt", self._identity() | self.state_dict())
 
     def state_dict(self) -> dict:
         return {
@@ -295,6 +346,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "clock": self.clock.seconds,
             "best": self.best,
             "running": self.running,
             "random": {
@@ -310,6 +362,7 @@ class Trainer:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_count"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.clock = Stopwatch(state.get("clock"))
         self.step, self.seconds, self.best, self.running = (
             state[key] for key in ("step", "seconds", "best", "running")
         )

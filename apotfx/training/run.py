@@ -15,6 +15,7 @@ import yaml
 from tabulate import tabulate
 from torch import fx, nn
 
+from apotfx.engine import Choice
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.integer import export_integer, load_integer
@@ -23,7 +24,7 @@ from apotfx.training.build import Network, is_quantized
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, eval_batches
 from apotfx.training.distributed import Processes
-from apotfx.training.loop import EVAL_BATCH_SIZE, evaluate
+from apotfx.training.loop import EVAL_BATCH_SIZE, Stopwatch, evaluate
 
 RUNS = Path("runs")
 
@@ -63,7 +64,9 @@ def _bit_and_scheme(config: TrainConfig) -> tuple[int | None, str]:
     return (config.bit, config.scheme) if config.bit_policy() in standard else (None, "policy")
 
 
-def write_config(run_dir: Path, config: TrainConfig, dataset: str, device: torch.device, processes: Processes) -> None:
+def write_config(
+    run_dir: Path, config: TrainConfig, dataset: str, device: torch.device, processes: Processes, engine: Choice
+) -> None:
     """`config.yaml`: everything needed to repeat the run."""
     content = {
         "command": shlex.join(sys.argv),
@@ -73,6 +76,7 @@ def write_config(run_dir: Path, config: TrainConfig, dataset: str, device: torch
         "device": str(device),
         "processes": processes.world_size,
         "threads": torch.get_num_threads(),
+        "engine": str(engine),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("apotfx", "torch", "torchvision")},
         "git_commit": _git_commit(),
@@ -106,12 +110,14 @@ def report(
     processes: Processes,
     run_dir: Path | None,
     facts: dict,
+    clock: Stopwatch,
 ) -> dict:
     """Measure `network.qmodel` on all splits, export it to `run_dir`, check the export, and write `result.json`.
 
     Args:
         run_dir: None to write nothing and leave the export out.
         facts: further entries of the result.
+        clock: what it measured before goes into the result with what this takes.
 
     Returns:
         The result: names, settings, and accuracies in percent. `train_acc` is over all training images, those held out
@@ -119,10 +125,11 @@ def report(
     """
     model = network.qmodel
     splits = {"test_acc": dataset.test, "train_acc": dataset.all_train, "val_acc": dataset.val}
-    accuracies = {
-        key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4)
-        for key, split in splits.items()
-    }
+    with clock("final evaluation"):
+        accuracies = {
+            key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4)
+            for key, split in splits.items()
+        }
     bit, scheme = _bit_and_scheme(config)
     result = {
         "dataset": dataset.name,
@@ -139,10 +146,13 @@ def report(
     if run_dir is not None and processes.is_main:
         if is_quantized(model):
             shutil.rmtree(run_dir / "integer", ignore_errors=True)  # of a run that was stopped before its result
-            export_integer(model, run_dir / "integer")
-            result["integer_test_acc"] = round(
-                verify_export(run_dir / "integer", model, network.float_model, dataset, network.image_size, device), 4
-            )
+            with clock("export"):
+                export_integer(model, run_dir / "integer")
+                accuracy = verify_export(
+                    run_dir / "integer", model, network.float_model, dataset, network.image_size, device
+                )
+            result["integer_test_acc"] = round(accuracy, 4)
+        result["seconds_by_part"] = {part: round(seconds, 2) for part, seconds in clock.seconds.items()}
         write_atomic(run_dir / "result.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -179,7 +189,11 @@ def verify_export(
 
 def result_table(result: dict, run_dir: Path | None) -> str:
     """The result as text for people."""
-    rows = [(key.replace("_", " "), value) for key, value in result.items() if value is not None]
+    parts = result.get("seconds_by_part")
+    rows = [(k.replace("_", " "), v) for k, v in result.items() if v is not None and k != "seconds_by_part"]
+    if parts:
+        total = sum(parts.values())
+        rows.append(("share of time", ", ".join(f"{part} {100 * s / total:.1f}%" for part, s in parts.items())))
     if result["integer_test_acc"] is not None:
         rows.append(("integer model", "logits equal the quantized model's on every test image"))
     if run_dir is not None:
