@@ -201,12 +201,32 @@ def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float
         return None
     if node.op == "call_module":
         module = modules[node.target]
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_hooks(module):
             return None
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return (0.0, float(module.max_val)) if module.min_val == 0 else None
         return (0.0, math.inf) if type(module) is nn.ReLU else None
     return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(_torch_name(node))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the value of `node` has a single reader and memory that nothing else reads or writes.
+
+    Known of the results of layers, batch norms and additions; views, for example, share their memory.
+    """
+    if len(node.users) != 1:
+        return False
+    if node.op == "call_module":
+        return is_layer(modules[node.target]) or isinstance(modules[node.target], BATCH_NORMS)
+    name = _torch_name(node)
+    if name == "iadd":
+        return isinstance(node.args[0], fx.Node) and is_read_once(node.args[0], modules)
+    return name == "add"
 
 
 def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:

@@ -143,13 +143,14 @@ class Compiled(Eager):
     name = "compiled"
 
     def standard_deviation(self, w: Tensor) -> Tensor:
-        if kernels.accept(w) and F.is_dense(w):
+        on_cpu = w.dtype == torch.float32 and w.device.type == "cpu" and type(w) in (Tensor, nn.Parameter)
+        if on_cpu and w.numel() and F.is_dense(w) and not torch.compiler.is_compiling():
             return kernels.standard_deviation(w)
         return super().standard_deviation(w)
 
     def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
         n = None
-        if operand.levels is not None and kernels.accept(operand.values):
+        if kernels.accept(operand):
             n = kernels.encode(operand, factor, scratch)
         return _otherwise(operand).levels(operand, factor) if n is None else n
 
@@ -166,7 +167,7 @@ class Compiled(Eager):
         factor: Tensor | None = None,
         everywhere: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if operand.levels is not None and kernels.accept(operand.values) and grad.dtype == torch.float32:
+        if grad.dtype == torch.float32 and kernels.accept(operand):
             return kernels.gradient(grad, operand, factor, everywhere)
         return _otherwise(operand).gradient(grad, operand, n, factor, everywhere)
 
@@ -189,7 +190,7 @@ class Int8(Eager):
     def product(
         self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
     ) -> Tensor:
-        if _fit_bytes(x, w, exact) and operator.supports_bytes(x.values):
+        if operator.supports_bytes(x.values) and _fit_bytes(x, w, operator, exact):
             if dtype == torch.float64 or operator.multiplications(x.values, w.values) > WORTH_BYTES:
                 zero_point = 128 if x.levels.set.signed else 0
                 x_bytes = self.base.level_bytes(x, torch.uint8, zero_point, "x")
@@ -198,17 +199,19 @@ class Int8(Eager):
                     scale = (scale_x * w.scale).reshape(-1)
                     y = _sum_of_products(x_bytes, zero_point, w_bytes, scale, operator)
                     channels_last = F.suggests_channels_last(x.values) or F.suggests_channels_last(w.values)
-                    return y if channels_last else y.contiguous()
+                    return F.in_format(y, channels_last)
         return self.base.product(x, w, scale_x, operator, dtype, exact)
 
 
-def _fit_bytes(x: Operand, w: Operand, exact: bool) -> bool:
-    if x.levels is None or w.levels is None or not (kernels.accept(x.values) and kernels.accept(w.values)):
+def _fit_bytes(x: Operand, w: Operand, operator: Operator, exact: bool) -> bool:
+    if not (kernels.accept(x) and kernels.accept(w)):
         return False
+    bound = accumulator_bound(w.values.shape, min(w.levels.max, 128), 255)
+    if not exact:
+        return bound < INT32_EXACT
+    # Of several products that are added up, each would be rounded.
     one_byte_each = kernels.fits_byte(x.levels.set) and kernels.fits_byte(w.levels.set)
-    if exact and not one_byte_each:
-        return False  # the sum of several products would be rounded more than once
-    return accumulator_bound(w.values.shape, min(w.levels.max, 128), min(x.levels.max, 255)) < INT32_EXACT
+    return one_byte_each and bound < operator.byte_limit(x.levels.set.signed)
 
 
 def _sum_of_products(x_bytes: list[Tensor], zero_point: int, w_bytes: list[Tensor], scale: Tensor, operator: Operator):

@@ -168,6 +168,15 @@ def suggests_channels_last(x: Tensor) -> bool:
     return True
 
 
+def in_format(y: Tensor, channels_last: bool) -> Tensor:
+    """y in the memory format, with the strides that torch gives a fresh tensor in it also where a size is 1."""
+    if y.dim() != 4:
+        return y.contiguous()
+    y = y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _, c, h, w = y.shape
+    return y.as_strided(y.shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1))
+
+
 def standard_deviation(w: Tensor) -> Tensor:
     """Unbiased, of all elements (0 for a single one), but never less than MIN_CLIP; shape []."""
     return w.std(correction=1 if w.numel() > 1 else 0).clamp_min(MIN_CLIP)

@@ -164,7 +164,7 @@ def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | 
         **_structure(layer, layer.float_type),
         "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight()[1]),
         "input": None if inputs is None else _describe_quantizer(inputs, inputs.scale),
-        "rectifier": None if layer.rectifier is None else [x if math.isfinite(x) else None for x in layer.rectifier],
+        "rectifier": _describe_rectifier(layer.rectifier),
     }
     if weights is not None and inputs is not None:
         entry["accumulator_bound"] = accumulator_bound(layer.weight.shape, weights.levels.max, inputs.levels.max)
@@ -175,6 +175,11 @@ def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | 
         bias = (0 if bn.bias is None else bn.bias.detach()) - bn.running_mean * multiplier
         entry["batch_norm"] = {"name": bn_name, "multiplier": multiplier.tolist(), "bias": bias.tolist()}
     return entry
+
+
+def _describe_rectifier(rectifier: tuple[float, float] | None) -> list | None:
+    """JSON has no infinity."""
+    return None if rectifier is None else [x if math.isfinite(x) else None for x in rectifier]
 
 
 def _structure(layer: nn.Module, float_type: type[nn.Module]) -> dict:
@@ -334,6 +339,13 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module) -> fx.GraphMod
         entry["name"]: _integer_layer(entry, matching[entry["name"]], tensors, rectifiers.get(entry["name"]))
         for entry in manifest["layers"]
     }
+    for entry in manifest["layers"]:
+        got = _describe_rectifier(rectifiers.get(entry["name"]))
+        if got != entry["rectifier"]:
+            raise ApotfxError(
+                f"export {path}: the input of layer {entry['name']} is clamped to {entry['rectifier']}, in the model to "
+                f"{got}; pass the float model that was exported"
+            )
     graph = _describe_graph(imodel)
     swap_layers(imodel, layers)
     state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}

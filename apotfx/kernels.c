@@ -30,10 +30,10 @@ static inline float clamp(float x, float low, float high) {
 
 static float used_clip(const Operand *o, int64_t row) {
     const float clip = o->unit ? o->clip[row] * *o->unit : o->clip[row];
-    return clip > MIN_CLIP ? clip : MIN_CLIP;
+    return clip < MIN_CLIP ? MIN_CLIP : clip; /* NaN stays */
 }
 
-/* out = levels, or levels * (float step of a level) * factor if there is a factor; returns whether any value is NaN. */
+/* out = levels, or levels * (float step of a level) * factor if there is a factor; returns whether any value or clip is NaN. */
 #define ENCODE(NAME, OUT, TABLE)                                                                                       \
     int NAME(const Operand *o, OUT *restrict out, const float *factor) {                                               \
         const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                            \
@@ -49,7 +49,7 @@ static float used_clip(const Operand *o, int64_t row) {
             OUT *restrict to = out + row * cols + start;                                                               \
             const float clip = used_clip(o, row), by = 1.0f / clip * top;                                              \
             const OUT times = factor ? (OUT)(clip / (float)o->max * *factor) : (OUT)1;                                 \
-            int32_t bad = 0;                                                                                           \
+            int32_t bad = clip != clip;                                                                                \
             _Pragma("omp simd reduction(|:bad)")                                                                       \
             for (int64_t i = 0; i < count; i++) {                                                                      \
                 const float v = from[i];                                                                               \
@@ -84,17 +84,19 @@ void gradient(const Operand *o, const float *grad, float *grad_x, const float *f
         float *out = grad_x + row * cols + start;
         const float clip = used_clip(o, row), by = 1.0f / clip * top, to_level = 1.0f / clip * max;
         float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+        int32_t bad = clip != clip;
+#pragma omp simd reduction(+ : sum) reduction(| : bad)
         for (int64_t i = 0; i < count; i++) {
             const float v = clamp(x[i], low, high), g = in[i] * times;
             const float level = table[(int32_t)clamp(v * by, bottom, top)];
             const float position = v * to_level, clamped = clamp(position, min, max);
             const int inside = position == clamped;
             const int passes = inside & (closed | ((x[i] > low) & (x[i] < high)));
+            bad |= x[i] != x[i];
             sum += g * (level - (inside ? clamped : 0.0f));
             out[i] = (everywhere | passes) ? g : 0.0f;
         }
-        sums[block] = sum;
+        sums[block] = bad ? NAN : sum;
     }
     const float unit = o->unit ? *o->unit : 1.0f;
     for (int64_t row = 0; row < rows; row++) {

@@ -68,10 +68,12 @@ def _first_line(error: Exception) -> str:
 
 def _compiled(command: list[str], openmp: tuple[str, ...]) -> Path:
     """The path of the library that `command` makes of kernels.c."""
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *openmp, _processor()]).encode()).hexdigest()[:24]
-    target = _cache_directory() / f"kernels-{key}.so"
-    if target.exists():
-        return target
+    key = _digest("\n".join([SOURCE.read_text(), *command, *openmp, _processor()]).encode())
+    cache = _cache_directory()
+    for cached in cache.glob(f"kernels-{key}-*.so"):
+        if cached.name == _file_name(key, cached.read_bytes()):  # to load a damaged one would kill the process
+            return cached
+        cached.unlink()
     with tempfile.TemporaryDirectory() as folder:
         compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
@@ -81,8 +83,17 @@ def _compiled(command: list[str], openmp: tuple[str, ...]) -> Path:
         ):
             subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
         _load(linked)  # before it is kept: what this process cannot load, none can
-        write_atomic(target, linked.read_bytes())
-    return target
+        content = linked.read_bytes()
+        write_atomic(cache / _file_name(key, content), content)
+    return cache / _file_name(key, content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def _file_name(key: str, content: bytes) -> str:
+    return f"kernels-{key}-{_digest(content)}.so"
 
 
 def _cache_directory() -> Path:
@@ -120,13 +131,17 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def accept(x: Tensor) -> bool:
-    """Whether the kernels can work on x, or on a dense copy of it."""
+def accept(operand: Operand) -> bool:
+    """Whether the kernels can work on `operand`, or on a dense copy of its values."""
+    x, clip, unit = operand.values, operand.clip, operand.unit
     return (
-        x.dtype == torch.float32
+        operand.levels is not None
+        and x.dtype == clip.dtype == torch.float32
+        and (unit is None or unit.dtype == torch.float32)
         and x.device.type == "cpu"
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
+        and clip.is_contiguous()
         and not torch.compiler.is_compiling()
     )
 
@@ -195,7 +210,7 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
 
 
 def standard_deviation(x: Tensor) -> Tensor:
-    """`functional.standard_deviation` of a dense float32 x, summed in float64."""
+    """`functional.standard_deviation` of a dense float32 x on the CPU that is not empty, summed in float64."""
     sums = torch.empty(2 * (x.numel() // BLOCK + 1), dtype=torch.float64)
     result = torch.empty((), dtype=torch.float32)
     library().standard_deviation(x.data_ptr(), x.numel(), sums.data_ptr(), result.data_ptr())

@@ -101,7 +101,7 @@ class QuantLayer(nn.Module):
             self.weight_operand(),
             operator=self.geometry.operator,
             dtype=self._operand_dtype(prepared),
-            exact=self._is_exact,
+            exact=not self.training,
             clip_grad_factor=self.clip_grad_factor,
             everywhere=weights is not None and weights.levels.bits == 2,
             engine=self.engine,
@@ -143,14 +143,10 @@ class QuantLayer(nn.Module):
             weight, unit = self.weight_quantizer.normalize(self.weight)
             self.weight_quantizer.fit_first_batch(weight if unit is None else weight / unit)
 
-    @property
-    def _is_exact(self) -> bool:
-        return not self.training and self.input_quantizer is not None and self.weight_quantizer is not None
-
     def _operand_dtype(self, x: Tensor) -> torch.dtype:
         """In training whatever is fast; in evaluation what makes the accumulators exact."""
         inputs, weights = self.input_quantizer, self.weight_quantizer
-        if self._is_exact:
+        if not self.training and inputs is not None and weights is not None:
             return exact_dtype(self.weight.shape, weights.levels.max, inputs.levels.max, x.device)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -49,6 +49,10 @@ class Convolution(NamedTuple):
     def supports_bytes(self, x: Tensor) -> bool:
         return len(self.stride) == 2
 
+    def byte_limit(self, signed_x: bool) -> int:
+        """What `forward_bytes` computes exactly below: oneDNN takes a zero point off after rounding to float32."""
+        return FLOAT32_EXACT if signed_x else INT32_EXACT
+
     def forward_bytes(self, x: Tensor, zero_point: int, w: Tensor, scale: Tensor) -> Tensor:
         """`scale * convolution(x - zero_point, w)`, summed in int32 and rounded to float32 before the multiplication.
 
@@ -130,10 +134,13 @@ class MatrixProduct(NamedTuple):
     def supports_bytes(self, x: Tensor) -> bool:
         return x.dim() > 1
 
+    def byte_limit(self, signed_x: bool) -> int:
+        return INT32_EXACT
+
     def forward_bytes(self, x: Tensor, zero_point: int, w: Tensor, scale: Tensor) -> Tensor:
         """`scale * ((x - zero_point) @ w.T)`, as `Convolution.forward_bytes`: x uint8 [..., C_in], w int8 [C_out, C_in]."""
-        rows = x.reshape(-1, x.shape[-1])
-        packed = torch.ops.onednn.qlinear_prepack(w, list(rows.shape))
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # other strides give wrong results
+        packed = torch.ops.onednn.qlinear_prepack(w.contiguous(), list(rows.shape))
         y = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, zero_point, packed, scale, _zeros(len(scale)), None, 1.0, 0, torch.float32, "none", [], ""
         )

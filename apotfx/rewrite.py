@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from .analysis import analyze, rectified_range
+from .analysis import analyze, has_hooks, is_read_once, rectified_range
 from .engine import use_engine
 from .errors import ApotfxError
 from .layers import QUANT_LAYERS, QuantLayer
@@ -192,7 +192,7 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
     """
     modules = dict(graph_module.named_modules())
     calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
-    hooked = {name for name in unsigned if modules[name]._forward_pre_hooks or calls[name] != 1}
+    unsuited = {name for name in unsigned if has_hooks(modules[name]) or calls[name] != 1}
     absorbed = {}
     for node in list(graph_module.graph.nodes):
         rectifier = rectified_range(node, modules)
@@ -200,8 +200,7 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
             continue
         takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes == [node]]
         (source,) = node.all_input_nodes
-        # What works in place changes what others read from its source.
-        if len(takers) == len(node.users) and unsigned - hooked >= set(takers) and len(source.users) == 1:
+        if len(takers) == len(node.users) and unsigned - unsuited >= set(takers) and is_read_once(source, modules):
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
             absorbed |= dict.fromkeys(takers, rectifier)

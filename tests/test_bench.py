@@ -221,7 +221,8 @@ def test_brevitas_learns_scales_at_the_same_bits():
     assert len(scales) == 2 * len(layers) and all(p.grad is not None for p in scales)
 
 
-def test_memory_is_measured_in_a_fresh_process(tmp_path, capsys):
+def test_memory_is_measured_in_a_fresh_process(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "MEMORY_PROCESSES", 1)
     ballast = torch.ones(2**27)  # 512 MiB, which a fresh process must not inherit
     path = tmp_path / "report.json"
     assert call("--variants", "eager", "--image-size", 16, "--batch", 16, "--memory", "--json", path) == 0
@@ -234,7 +235,20 @@ def test_memory_is_measured_in_a_fresh_process(tmp_path, capsys):
     assert ballast[-1] == 1  # kept alive until here
     row = table_rows(capsys.readouterr().out)[-1]
     assert row[:3] == ["eager", "4-bit apot", f"{eager['parameters']:,}"]
-    assert row[6] == f"{eager['memory']['increase'] / floating['memory']['increase']:.2f}"
+    assert row[7] == f"{eager['memory']['increase'] / floating['memory']['increase']:.2f}"
+
+
+def test_memory_is_the_median_of_several_processes(monkeypatch, capsys):
+    def fresh(what, case, variant):
+        increase = next(increases)
+        return {"before": 10 * 2**20, "peak": 10 * 2**20 + increase, "increase": increase}
+
+    increases = iter(size * 2**20 for size in (4, 3, 8, 6, 9, 1))  # of float, then of eager
+    monkeypatch.setattr(bench, "in_fresh_process", fresh)
+    assert call("--variants", "eager", "--memory") == 0
+    floating, eager = table_rows(capsys.readouterr().out)[-2:]
+    assert floating[3:] == ["14.0", "1.00", "4.0", "3.0 to 8.0", "1.00"]
+    assert eager[3:] == ["16.0", "1.14", "6.0", "1.0 to 9.0", "1.50"]
 
 
 def test_the_first_step_is_measured_with_an_empty_and_with_a_filled_cache(monkeypatch, capsys, tmp_path):
@@ -282,6 +296,7 @@ def test_growth_changes_one_thing_at_a_time(axis, monkeypatch, capsys):
         return {"before": 0, "peak": len(measured) * 2**20, "increase": len(measured) * 2**20}
 
     monkeypatch.setattr(bench, "in_fresh_process", fresh)
+    monkeypatch.setattr(bench, "MEMORY_PROCESSES", 1)
     monkeypatch.setitem(bench.GROWTH, axis, (3, 5))
     args = bench.make_parser().parse_args([*TINY])
     rows = bench.bench_growth(axis, tiny_case(), bench.Variant("eager", 4, "apot"), args)

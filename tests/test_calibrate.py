@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from helpers import weight_in_clip_units
 from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, quantize
@@ -76,7 +77,7 @@ def test_clips_fit_the_weights_and_the_inputs_that_float_inputs_lead_to(training
     calibrate(qmodel, iter(data))
     for layer, x in zip(quant_layers(qmodel), inputs_of(calibrate(weights_only, []), data), strict=True):
         assert torch.equal(layer.input_quantizer.clip, fit_clip(x, layer.input_quantizer.levels, PER_TENSOR))
-        weight, _ = layer.normalized_weight()
+        weight = weight_in_clip_units(layer)
         assert torch.equal(layer.weight_quantizer.clip, fit_clip(weight, layer.weight_quantizer.levels, PER_TENSOR))
 
 

@@ -16,6 +16,7 @@ from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import load_dataset
 from apotfx.training.distributed import Processes
+from apotfx.training.loop import Stopwatch
 from apotfx.training.run import report
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def test_published_checkpoints_give_their_measured_accuracy(name, published_root
     bits, scheme = int(name[9]), "uniform" if name.endswith("uniform") else "apot"
     config = TrainConfig(arch="resnet10", bit=bits, scheme=scheme, recipe="published", dataset="mnist")
     network = restore_network(config, mnist, CPU, read_checkpoint(published_root / name / "model_best.pth.tar"))
-    result = report(network, config, mnist, CPU, Processes("cpu"), tmp_path, {})
+    result = report(network, config, mnist, CPU, Processes("cpu"), tmp_path, {}, Stopwatch())
     assert result["train_acc"] == pytest.approx(PUBLISHED[name][0], abs=0.02)
     assert result["test_acc"] == pytest.approx(PUBLISHED[name][1], abs=0.02)
     assert result["integer_test_acc"] == result["test_acc"]

@@ -1,9 +1,8 @@
 import math
 
-import numpy as np
 import pytest
 import torch
-from helpers import LEVEL_SETS, encoding, level_set_id, nearest_level
+from helpers import LEVEL_SETS, closed_form, encoding, level_set_id, nearest_level
 
 from apotfx import LevelSet
 from apotfx import functional as F
@@ -125,129 +124,72 @@ def test_a_clip_per_channel(signed, memory_format):
     assert torch.equal(F.decode(torch.stack(rows), clip, levels), torch.stack(rows) * (clip / levels.max))
 
 
-# The operators, each with the shapes of an input and a weight.
-
-OPERATORS = {
-    "conv1d": (F.Convolution((2,), (1,), (2,), 1), (3, 4, 11), (6, 4, 3)),
-    "conv2d": (F.Convolution((1, 1), (0, 0), (1, 1), 1), (2, 3, 6, 5), (4, 3, 3, 3)),
-    "conv2d-strided": (F.Convolution((2, 3), (1, 2), (1, 2), 1), (2, 3, 9, 10), (4, 3, 3, 3)),
-    "conv2d-pointwise": (F.Convolution((1, 1), (0, 0), (1, 1), 1), (1, 3, 4, 4), (5, 3, 1, 1)),
-    "conv2d-grouped": (F.Convolution((1, 1), (1, 1), (1, 1), 2), (2, 4, 6, 6), (6, 2, 3, 3)),
-    "conv2d-depthwise": (F.Convolution((1, 1), (1, 1), (1, 1), 4), (2, 4, 6, 6), (4, 1, 3, 3)),
-    "conv3d": (F.Convolution((1, 2, 1), (1, 0, 1), (1, 1, 1), 1), (2, 2, 4, 5, 4), (3, 2, 2, 2, 3)),
-    "linear": (F.MatrixProduct(), (7, 5), (4, 5)),
-    "linear-sequence": (F.MatrixProduct(), (2, 3, 5), (4, 5)),
-    "linear-vector": (F.MatrixProduct(), (5,), (4, 5)),
-}
-every_operator = pytest.mark.parametrize("operator, shape_x, shape_w", OPERATORS.values(), ids=OPERATORS)
+RECTIFIERS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+with_rectifier = pytest.mark.parametrize("rectifier", RECTIFIERS.values(), ids=RECTIFIERS)
 
 
-def torch_operator(operator):
-    """The same by torch's public functions."""
-    if isinstance(operator, F.MatrixProduct):
-        return torch.nn.functional.linear
-    conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(operator.stride)]
-    return lambda x, w: conv(x, w, None, *operator)
+@with_rectifier
+@signed_or_not
+@pytest.mark.parametrize("clip", [0.7, 6.0, 9.0])
+def test_a_rectifier_comes_before_the_levels(rectifier, signed, clip):
+    levels, clip = LevelSet("apot", 4, signed), torch.tensor(clip)
+    x = torch.cat([torch.randn(999, generator=torch.Generator().manual_seed(0)) * 5, torch.tensor(SPECIAL)])
+    n = F.encode(x, clip, encoding(levels, rectifier))
+    assert torch.equal(n[:-1], F.encode(x.clamp(*rectifier), clip, encoding(levels))[:-1]) and n[-1].isnan()
+    assert n[:-1].min() == 0 and not is_minus_zero(n).any()
 
 
-def integer_operator(operator, x, w):
-    """The same on int64 arrays of numpy."""
-    x, w = x.numpy().astype(np.int64), w.numpy().astype(np.int64)
-    if isinstance(operator, F.MatrixProduct):
-        return torch.from_numpy(np.asarray(x @ w.T))
-    dims = len(operator.stride)
-    x = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in operator.padding)])
-    span = [(k - 1) * d + 1 for k, d in zip(w.shape[2:], operator.dilation)]
-    windows = np.lib.stride_tricks.sliding_window_view(x, span, axis=tuple(range(2, 2 + dims)))
-    steps = [slice(None, None, step) for step in (1, 1, *operator.stride, *operator.dilation)]
-    windows = windows[tuple(steps)]  # [N, C, *out, *kernel]
-    kernel = range(2 + dims, 2 + 2 * dims)
-    groups = zip(np.split(windows, operator.groups, axis=1), np.split(w, operator.groups))
-    y = [np.tensordot(a, b, axes=((1, *kernel), (1, *range(2, 2 + dims)))) for a, b in groups]
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.concatenate(y, -1), -1, 1)))
+# Gradients.
 
 
-def closed_form(x, clip, levels, everywhere=False):
-    """(what x is quantized to, d/dx, the summands of d/dclip) by the formulas, elementwise, in float64."""
-    v = x / clip
-    inside = (v >= -1 if levels.signed else v >= 0) & (v <= 1)
-    q = nearest_level((v * levels.max).clamp(-levels.max, levels.max), levels) / levels.max
-    outside = torch.where(v > 0, 1.0, -1.0 if levels.signed else 0.0)
-    return q * clip, torch.ones_like(v) if everywhere else inside.double(), torch.where(inside, q - v, outside)
+def clip_of(shape, per_channel, around=1.0):
+    if not per_channel:
+        return torch.tensor(1.1 * around, dtype=torch.float64)
+    return torch.linspace(0.3, 2, shape[0], dtype=torch.float64).reshape(-1, *(1 for _ in shape[1:])) * around
 
 
-def operands(shape_x, shape_w, per_channel=False, dtype=torch.float64):
+def check_gradient(levels, clip, rectifier=None, everywhere=False):
+    """In float64 to within a few roundings."""
     torch.manual_seed(0)
-    x, w = torch.randn(shape_x, dtype=dtype), torch.randn(shape_w, dtype=dtype)
-    clip_w = torch.tensor(0.9, dtype=dtype)
-    if per_channel:
-        clip_w = torch.linspace(0.3, 2, shape_w[0], dtype=dtype).reshape(-1, *(1 for _ in shape_w[1:]))
-    return [t.requires_grad_() for t in (x, w, torch.tensor(1.1, dtype=dtype), clip_w)]
+    x, grad = torch.randn(6, 5, 4, 3).double() * 5, torch.randn(6, 5, 4, 3).double()
+    encoded = encoding(levels, rectifier)
+    q, dx, dclip = closed_form(x, clip, levels, everywhere, rectifier)
+    n = F.encode(x, clip, encoded)
+    torch.testing.assert_close(F.decode(n, clip, encoded), q, rtol=1e-14, atol=0)
+    grad_x, grad_clip = F.quantization_gradient(grad, x, n, clip, encoded, everywhere)
+    assert torch.equal(grad_x, grad * dx)
+    expected = (grad * dclip).sum_to_size(clip.shape)
+    torch.testing.assert_close(grad_clip, expected, rtol=1e-12, atol=1e-12)
+    assert (grad_x == 0).any() is not everywhere and (grad_x != 0).any()
 
 
-def check_against_closed_form(operator, tensors, levels_x, levels_w, *, rescale=1.0, factor=1.0, everywhere=False):
-    """Output and all four gradients of `quantized_op` to within a few roundings of float64."""
-    x, w, clip_x, clip_w = tensors
-    y = F.quantized_op(
-        x, w, clip_x if levels_x else None, clip_w if levels_w else None,
-        levels_x=levels_x and encoding(levels_x), levels_w=levels_w and encoding(levels_w), operator=operator,
-        dtype=torch.float64, rescale=torch.tensor(rescale, dtype=torch.float64), clip_grad_factor=factor,
-        everywhere=everywhere,
-    )  # fmt: skip
-    grad = torch.randn(y.shape, dtype=torch.float64)
-    wanted = [t for t, used in ((x, True), (w, True), (clip_x, levels_x), (clip_w, levels_w)) if used]
-    got = torch.autograd.grad(y, wanted, grad)
-
-    with torch.no_grad():
-        as_is = torch.ones((), dtype=torch.float64)
-        xq, dx, dclip_x = closed_form(x, clip_x, levels_x) if levels_x else (x, as_is, None)
-        wq, dw, dclip_w = closed_form(w, clip_w, levels_w, everywhere) if levels_w else (w, as_is, None)
-    xq, wq = xq.detach().clone().requires_grad_(), wq.detach().clone().requires_grad_()
-    expected_y = torch_operator(operator)(xq, wq * rescale)
-    grad_x, grad_w = torch.autograd.grad(expected_y, (xq, wq), grad)
-    expected = [grad_x * dx, grad_w * dw]
-    if levels_x:
-        expected.append(factor * (grad_x * dclip_x).sum())
-    if levels_w:
-        expected.append(factor * (grad_w * dclip_w).sum_to_size(clip_w.shape))
-    for a, b in zip([y, *got], [expected_y, *expected], strict=True):
-        assert a.shape == b.shape
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+@every_level_set
+@pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+def test_gradients_are_the_closed_forms(levels, per_channel):
+    check_gradient(levels, clip_of((6, 5, 4, 3), per_channel, 4))
+    check_gradient(levels, clip_of((6, 5, 4, 3), per_channel, 4), everywhere=True)
 
 
-@every_operator
+@with_rectifier
 @signed_or_not
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
-def test_gradients_are_the_closed_forms(operator, shape_x, shape_w, signed, per_channel):
-    tensors = operands(shape_x, shape_w, per_channel)
-    check_against_closed_form(operator, tensors, LevelSet("apot", 4, signed), LevelSet("apot", 4))
+@pytest.mark.parametrize("clip", [3, 8])
+def test_gradients_with_a_rectifier_are_the_closed_forms(rectifier, signed, per_channel, clip):
+    check_gradient(LevelSet("apot", 4, signed), clip_of((6, 5, 4, 3), per_channel, clip), rectifier)
 
 
-@pytest.mark.parametrize("levels", LEVEL_SETS, ids=level_set_id)
-def test_gradients_for_every_level_set(levels):
-    operator, shape_x, shape_w = OPERATORS["linear"]
-    check_against_closed_form(operator, operands(shape_x, shape_w), levels, LevelSet("uniform", 3))
-    if levels.signed:
-        check_against_closed_form(operator, operands(shape_x, shape_w), None, levels)
-
-
-@every_operator
-@pytest.mark.parametrize("quantized", ["weight", "input"])
-def test_gradients_with_one_float_operand(operator, shape_x, shape_w, quantized):
-    levels_x, levels_w = (None, LevelSet("apot", 3)) if quantized == "weight" else (LevelSet("apot", 3, False), None)
-    check_against_closed_form(operator, operands(shape_x, shape_w, True), levels_x, levels_w, rescale=0.3)
-
-
-@pytest.mark.parametrize("options", [
-    {"everywhere": True}, {"factor": 0.01}, {"rescale": 2.5},
-    {"everywhere": True, "factor": 0.0, "rescale": 0.1},
-], ids=lambda options: "-".join(options))  # fmt: skip
-@pytest.mark.parametrize("name", ["conv2d", "linear"])
-def test_gradients_with_options(options, name):
-    operator, shape_x, shape_w = OPERATORS[name]
-    check_against_closed_form(
-        operator, operands(shape_x, shape_w, True), LevelSet("apot", 4, False), LevelSet("apot", 2), **options
-    )
+@with_rectifier
+@signed_or_not
+@pytest.mark.parametrize("clip", [2.0, 6.0, 8.0])
+def test_no_gradient_passes_at_the_ends_of_a_rectifier(rectifier, signed, clip):
+    """As torch does it: its ReLU and Hardtanh pass nothing at 0, and Hardtanh nothing at its upper end."""
+    x = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 1e-45, 1.0, 2.0, 5.9999995, 6.0, 6.0000005, 7.0, math.inf])
+    levels, clip = encoding(LevelSet("apot", 4, signed), rectifier), torch.tensor(clip)
+    n = F.encode(x, clip, levels)
+    grad_x, _ = F.quantization_gradient(torch.ones_like(x), x, n, clip, levels)
+    rectified = x.clone().requires_grad_()
+    (torch.relu if rectifier[1] == math.inf else torch.nn.functional.relu6)(rectified).sum().backward()
+    assert torch.equal(grad_x, rectified.grad * (x <= clip))
 
 
 @signed_or_not
@@ -297,189 +239,43 @@ def test_infinite_values_have_finite_gradients():
     assert grad_x.tolist() == [0, 0, 0, 8] and grad_clip == 1 - 2 + 4
 
 
-def test_only_what_is_asked_for_gets_a_gradient():
-    operator, shape_x, shape_w = OPERATORS["conv2d"]
-    for wanted in range(4):
-        tensors = operands(shape_x, shape_w)
-        for i, tensor in enumerate(tensors):
-            tensor.requires_grad_(i == wanted)
-        y = run(operator, *tensors, LevelSet("apot", 4), LevelSet("apot", 4), torch.float64)
-        y.sum().backward()
-        assert [tensor.grad is not None for tensor in tensors] == [i == wanted for i in range(4)]
+# Helpers.
 
 
-def test_a_clip_below_zero_counts_as_the_smallest_clip():
-    operator, shape_x, shape_w = OPERATORS["conv2d"]
-    results = []
-    for clip in (-3.0, 0.0, F.MIN_CLIP):
-        x, w, clip_x, clip_w = operands(shape_x, shape_w, dtype=torch.float32)
-        clip_x.data.fill_(clip)
-        clip_w.data.fill_(clip)
-        y = run(operator, x, w, clip_x, clip_w, LevelSet("apot", 4), LevelSet("apot", 4), torch.float32)
-        y.sum().backward()
-        results.append([y, x.grad, w.grad, clip_x.grad, clip_w.grad])
-    assert all(t.isfinite().all() for t in results[0]) and results[0][4] != 0
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+def test_standard_deviation_is_unbiased_and_positive():
+    w = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    expected = ((w - w.mean()).square().sum() / 49).sqrt()
+    torch.testing.assert_close(F.standard_deviation(w.reshape(5, 2, 5)), expected, rtol=1e-14, atol=0)
+    for constant in (torch.full((3, 2), 0.5), torch.zeros(3), torch.tensor([0.7])):
+        assert F.standard_deviation(constant) == torch.tensor(F.MIN_CLIP)
 
 
-# Exactness.
-
-
-def run(operator, x, w, clip_x, clip_w, levels_x, levels_w, dtype, rescale=1.0):
-    return F.quantized_op(
-        x, w, clip_x, clip_w, levels_x=encoding(levels_x), levels_w=encoding(levels_w), operator=operator,
-        dtype=dtype,
-        rescale=torch.tensor(rescale, dtype=x.dtype),
-    )  # fmt: skip
-
-
-EXACT_PAIRS = [
-    (LevelSet("apot", 4, False), LevelSet("apot", 4)), (LevelSet("uniform", 8), LevelSet("uniform", 8)),
-    (LevelSet("apot", 6, False), LevelSet("apot", 6)), (LevelSet("pot", 4, False), LevelSet("pot", 5)),
-    (LevelSet("apot", 8, False), LevelSet("apot", 8)),
-]  # fmt: skip
-
-
-@every_operator
-@pytest.mark.parametrize("levels_x, levels_w", EXACT_PAIRS, ids=lambda levels: level_set_id(levels))
-def test_accumulators_are_those_of_integer_arithmetic(operator, shape_x, shape_w, levels_x, levels_w):
-    torch.manual_seed(0)
-    x, w = torch.randn(shape_x) * levels_x.max, torch.randn(shape_w) * levels_w.max
-    clip_x, clip_w = torch.tensor(float(levels_x.max)), torch.tensor(float(levels_w.max))
-    n_x = nearest_level(x.clamp(-levels_x.max, levels_x.max), levels_x)
-    n_w = nearest_level(w.clamp(-levels_w.max, levels_w.max), levels_w)
-    expected = integer_operator(operator, n_x, n_w)
-    dtype = F.exact_dtype(w.shape, levels_w.max, levels_x.max, x.device)
-    accumulators = operator.forward(n_x.to(dtype), n_w.to(dtype))
-    assert torch.equal(accumulators.long(), expected) and torch.equal(accumulators, accumulators.round())
-    # With clips of max the scale is 1.
-    assert torch.equal(run(operator, x, w, clip_x, clip_w, levels_x, levels_w, dtype), expected.float())
-    scaled = run(operator, x, w, clip_x, clip_w, levels_x, levels_w, dtype, rescale=0.3)
-    assert torch.equal(scaled, expected.float() * torch.tensor(0.3))
-
-
-@pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
-def test_the_scale_is_applied_once_after_the_accumulators(per_channel):
-    levels_x, levels_w = LevelSet("apot", 4, False), LevelSet("apot", 4)
-    operator, shape_x, shape_w = OPERATORS["conv2d"]
-    x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, per_channel, torch.float32))
-    n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w, encoding(levels_w))
-    scale = (clip_x / levels_x.max) * (clip_w / levels_w.max * torch.tensor(0.7))
-    expected = integer_operator(operator, n_x, n_w).float() * (scale.reshape(-1, 1, 1) if per_channel else scale)
-    assert torch.equal(run(operator, x, w, clip_x, clip_w, levels_x, levels_w, torch.float32, rescale=0.7), expected)
-
-
-@pytest.fixture
-def num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name, shape_x, shape_w", [
-    ("conv2d", (17, 16, 14, 14), (24, 16, 3, 3)), ("conv2d-pointwise", (17, 16, 14, 14), (24, 16, 1, 1)),
-    ("linear", (65, 400), (50, 400)),
+@pytest.mark.parametrize("x, dense", [
+    (torch.empty(2, 3, 4), True), (torch.empty(2, 3, 4, 5), True),
+    (torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), True),
+    (torch.empty(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d), True),
+    (torch.empty(()), True), (torch.empty(2, 4)[:, ::2], False), (torch.empty(2, 3, 4, 5)[:, 1:], False),
+    (torch.empty(1, 3, 4, 5)[:, 1:], True), (torch.empty(3, 4).T, False),
+    (torch.empty(2, 3, 4, 5).permute(1, 0, 2, 3), False),
+    (torch.empty(2, 1, 4, 5).expand(-1, 3, -1, -1), False),
 ])  # fmt: skip
-@pytest.mark.parametrize("levels_x, levels_w", EXACT_PAIRS[:3], ids=lambda levels: level_set_id(levels))
-def test_threads_layout_and_batch_change_no_bit(name, shape_x, shape_w, levels_x, levels_w, num_threads):
-    operator = OPERATORS[name][0]
-    torch.manual_seed(0)
-    x, w, clips = torch.randn(shape_x), torch.randn(shape_w), (torch.tensor(1.7), torch.tensor(2.3))
-    dtype = F.exact_dtype(w.shape, levels_w.max, levels_x.max, x.device)
-
-    def result(x, w):
-        return run(operator, x, w, *clips, levels_x, levels_w, dtype)
-
-    num_threads(1)
-    expected = result(x, w)
-    num_threads(2)
-    assert torch.equal(result(x, w), expected)
-    assert torch.equal(torch.cat([result(row.unsqueeze(0), w) for row in x]), expected)
-    assert torch.equal(torch.cat([result(part, w) for part in x.split(16)]), expected)
-    if x.dim() == 4:
-        last = torch.channels_last
-        assert torch.equal(result(x.contiguous(memory_format=last), w.contiguous(memory_format=last)), expected)
-    else:
-        assert torch.equal(result(x.T.contiguous().T, w.T.contiguous().T), expected)
+def test_is_dense(x, dense):
+    assert F.is_dense(x) is dense
 
 
-CPU = torch.device("cpu")
+def test_flat_is_the_order_of_memory():
+    x = torch.arange(24.0).reshape(2, 3, 2, 2)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert F.flat(x).tolist() == list(range(24))
+    assert F.flat(last).tolist() == last.permute(0, 2, 3, 1).flatten().tolist()
+    assert F.flat(last).data_ptr() == last.data_ptr()
 
 
-@pytest.mark.parametrize("num_inputs, max_w, max_x, expected", [
-    (518, 127, 255, torch.float32), (519, 127, 255, torch.float64),  # 2^24 = 16 777 216 lies between
-    (2**24 - 1, 1, 1, torch.float32), (2**24, 1, 1, torch.float64),
-    (1, 256, 256, torch.float32), (1, 257, 1, torch.float64), (1, 1, 257, torch.float64),  # beyond bfloat16
-])  # fmt: skip
-def test_exact_dtype_at_its_bounds(num_inputs, max_w, max_x, expected):
-    assert F.exact_dtype(torch.Size([10, num_inputs]), max_w, max_x, CPU) == expected
-
-
-def test_the_bound_counts_a_group_and_the_kernel():
-    assert F.accumulator_bound(torch.Size([64, 8, 3, 5]), 10, 7) == 8 * 3 * 5 * 10 * 7
-
-
-def test_exact_dtype_on_a_gpu_is_float64():
-    assert F.exact_dtype(torch.Size([4, 4, 3, 3]), 1, 1, torch.device("cuda")) == torch.float64
-
-
-def test_accumulators_are_exact_without_onednn(monkeypatch):
-    """NNPACK, which torch then uses for batches of 16, computes by Winograd."""
-    operator = F.Convolution((1, 1), (0, 0), (1, 1), 1)
-    n_x = torch.randint(0, 100, (16, 16, 32, 32), generator=torch.Generator().manual_seed(0)).float()
-    n_w = torch.randint(-100, 101, (4, 16, 3, 3), generator=torch.Generator().manual_seed(1)).float()
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    dtype = F.exact_dtype(n_w.shape, 100, 100, CPU)
-    expected = integer_operator(operator, n_x, n_w)
-    assert torch.equal(operator.forward(n_x.to(dtype), n_w.to(dtype)).to(torch.float64), expected.double())
-
-
-@pytest.mark.parametrize("num_inputs", [518, 519])
-def test_the_largest_accumulators_are_exact(num_inputs):
-    levels_x, levels_w = LevelSet("uniform", 8, False), LevelSet("uniform", 8)
-    x, w = torch.full((3, num_inputs), 255.0), torch.full((2, num_inputs), 127.0)
-    w[1] = -127
-    dtype = F.exact_dtype(w.shape, 127, 255, CPU)
-    n = F.MatrixProduct().forward(F.encode(x, torch.tensor(255.0), encoding(levels_x)).to(dtype),
-                                  F.encode(w, torch.tensor(127.0), encoding(levels_w)).to(dtype))  # fmt: skip
-    assert n.tolist() == [[num_inputs * 127 * 255, -num_inputs * 127 * 255]] * 3
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="this processor has no bfloat16 kernels that sum in float32",
-)
-
-
-@needs_bfloat16
-@every_operator
-def test_bfloat16_operands_cost_one_rounding_of_the_accumulators(operator, shape_x, shape_w):
-    levels_x, levels_w = LevelSet("apot", 5, False), LevelSet("apot", 5)
-    x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, dtype=torch.float32))
-    n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w, encoding(levels_w))
-    scale = clip_x / levels_x.max * (clip_w / levels_w.max)
-    expected = integer_operator(operator, n_x, n_w).float().bfloat16().float() * scale
-    for autocast in (True, False):
-        with torch.autocast("cpu", enabled=autocast):
-            y = run(operator, x, w, clip_x, clip_w, levels_x, levels_w, torch.bfloat16)
-        assert y.dtype == torch.float32 and torch.equal(y, expected)
-
-
-def test_autocast_leaves_exact_operands_alone():
-    operator, shape_x, shape_w = OPERATORS["conv2d"]
-    x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, dtype=torch.float32))
-    arguments = operator, x, w, clip_x, clip_w, LevelSet("uniform", 8), LevelSet("uniform", 8), torch.float32
-    expected = run(*arguments)
-    with torch.autocast("cpu"):
-        assert torch.equal(run(*arguments), expected)
-
-
-@pytest.mark.parametrize("name", ["conv2d", "linear"])
-def test_an_empty_batch_goes_through(name):
-    operator, shape_x, shape_w = OPERATORS[name]
-    x, w, clip_x, clip_w = operands((0, *shape_x[1:]), shape_w)
-    y = run(operator, x, w, clip_x, clip_w, LevelSet("apot", 4), LevelSet("apot", 4), torch.float64)
-    y.sum().backward()
-    assert y.shape[0] == 0 and x.grad.shape == x.shape
-    assert not w.grad.any() and clip_x.grad == 0 and clip_w.grad == 0
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1), (0, 3, 4, 5)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_channels_last_is_suggested_where_torch_takes_it_to_be(shape, memory_format, batches):
+    x = torch.randn(batches * shape[0], *shape[1:]).contiguous(memory_format=memory_format)[::batches]
+    expected = torch._prims_common.suggest_memory_format(x) == torch.channels_last
+    assert F.suggests_channels_last(x) is expected
+    assert not F.suggests_channels_last(x.flatten(1))

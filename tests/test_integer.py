@@ -334,7 +334,7 @@ def test_the_manifest_describes_a_layer(tmp_path):
     qmodel, _ = trained(MIXED)
     path = export_integer(qmodel, tmp_path / "export")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("apotfx-integer", 1)
+    assert (manifest["format"], manifest["version"]) == ("apotfx-integer", 2)
     layers = {layer["name"]: layer for layer in manifest["layers"]}
     conv = layers["conv3"]
     quantizer = qmodel.conv3.weight_quantizer
@@ -530,16 +530,16 @@ def test_an_altered_manifest_is_refused(change, export, exported):
     check_refused(export, exported[1], r"manifest.json: was altered \(checksum\); export the model again")
 
 
-@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"text"', b'{"format": "other", "version": 1}'])
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"text"', b'{"format": "other", "version": 2}'])
 def test_another_json_file_is_refused(content, export, exported):
     (export / "manifest.json").write_bytes(content)
     check_refused(export, exported[1], "manifest.json: not the manifest of an integer export .format apotfx-integer.")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_version_is_refused(version, export, exported):
     edit_manifest(export, lambda m: m.update(version=version), sign=True)
-    check_refused(export, exported[1], f"manifest.json: format version {version}, expected 1; export the model again")
+    check_refused(export, exported[1], f"manifest.json: format version {version}, expected 2; export the model again")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])

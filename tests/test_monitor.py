@@ -1,5 +1,6 @@
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -83,11 +84,11 @@ def picture(events, tag, index=-1):
 
 
 class Inputs(fx.Interpreter):
-    """What every quantized layer of a GraphModule is given, without a hook."""
+    """What every quantized layer of a GraphModule quantizes, without a hook."""
 
     def call_module(self, target, args, kwargs):
         if isinstance(self.submodules[target], QuantLayer):
-            self.seen[target] = args[0].clone()
+            self.seen[target] = args[0].clamp(*(self.submodules[target].rectifier or (None, math.inf)))
         return super().call_module(target, args, kwargs)
 
     @classmethod
@@ -200,12 +201,12 @@ def test_graph_has_a_node_per_fx_node_nested_by_module_path(tmp_path):
         "relu": ("relu", ["stem"]),
         "layer1/0/conv1": ("QuantConv2d", ["relu"]),
         "layer1/0/bn1": ("BatchNorm2d", ["layer1/0/conv1"]),
-        "layer1/0/relu": ("ReLU", ["layer1/0/bn1"]),
-        "layer1/0/conv2": ("QuantConv2d", ["layer1/0/relu"]),
+        "layer1/0/conv2": ("QuantConv2d", ["layer1/0/bn1"]),
         "layer1/0/add": ("add", ["layer1/0/conv2", "relu"]),
-        "layer1/0/relu_1": ("ReLU", ["layer1/0/add"]),
-        "layer1/1/conv1": ("Conv2d", ["layer1/0/relu_1"]),
+        "layer1/0/relu": ("ReLU", ["layer1/0/add"]),
+        "layer1/1/conv1": ("Conv2d", ["layer1/0/relu"]),
         "layer1/1/bn1": ("BatchNorm2d", ["layer1/1/conv1"]),
+        "layer1/1/conv2": ("QuantConv2d", ["layer1/1/bn1"]),
     }
     assert len(nodes) == len(qmodel.graph.nodes)
     assert nodes["flatten"].op == "flatten" and list(nodes["output"].input) == ["fc"]

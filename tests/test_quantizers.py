@@ -6,6 +6,7 @@ from helpers import LEVEL_SETS, level_set_id
 
 from apotfx import ApotfxError, LevelSet
 from apotfx import functional as F
+from apotfx.functional import Operand
 from apotfx.quantizers import NORMALIZATIONS, InputQuantizer, Quantizer, WeightQuantizer
 
 LEVELS = LevelSet("apot", 4)
@@ -38,32 +39,34 @@ def test_a_fresh_weight_quantizer_clips_at_3_standard_deviations(shape, normaliz
 
 def test_normalization_none():
     w = weight(4, 3)
-    normalized, factor = weight_quantizer(w, "none").normalize(w)
-    assert normalized is w and factor == 1 and factor.shape == ()
+    normalized, unit = weight_quantizer(w, "none").normalize(w)
+    assert normalized is w and unit is None
 
 
 def test_normalization_rescale():
     w = weight(4, 3)
-    normalized, factor = weight_quantizer(w, "rescale").normalize(w)
+    normalized, unit = weight_quantizer(w, "rescale").normalize(w)
     std = ((w - w.mean()) ** 2).sum().div(11).sqrt()  # unbiased
-    torch.testing.assert_close(factor, std, rtol=1e-6, atol=0)
-    assert torch.equal(normalized, w / factor) and factor.shape == ()
+    torch.testing.assert_close(unit, std, rtol=1e-6, atol=0)
+    assert normalized is w and unit.shape == ()
+    _, given = weight_quantizer(w, "rescale").normalize(w, lambda tensor: tensor.sum())
+    assert torch.equal(given, w.sum())
 
 
 def test_normalization_standardize():
     w = weight(4, 3)
-    normalized, factor = weight_quantizer(w, "standardize").normalize(w)
-    assert torch.equal(normalized, (w - w.mean()) / w.std()) and factor == 1
+    normalized, unit = weight_quantizer(w, "standardize").normalize(w)
+    assert torch.equal(normalized, (w - w.mean()) / w.std()) and unit is None
     assert abs(normalized.mean()) < 1e-6 and abs(normalized.std() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("normalization, divided", [("none", False), ("rescale", True), ("standardize", True)])
+@pytest.mark.parametrize("normalization, divided", [("none", False), ("rescale", False), ("standardize", True)])
 def test_mean_and_standard_deviation_are_constants_in_the_backward_pass(normalization, divided):
     w = weight(4, 3).requires_grad_()
-    normalized, factor = weight_quantizer(w, normalization).normalize(w)
+    normalized, unit = weight_quantizer(w, normalization).normalize(w)
     grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     normalized.backward(grad)
-    assert not factor.requires_grad
+    assert unit is None or not unit.requires_grad
     assert torch.equal(w.grad, grad / w.detach().std() if divided else grad)
 
 
@@ -72,9 +75,10 @@ def test_mean_and_standard_deviation_are_constants_in_the_backward_pass(normaliz
                          ids=["constant", "zero", "single"])  # fmt: skip
 def test_weights_without_deviation_stay_finite(normalization, w):
     quantizer = weight_quantizer(w, normalization)
-    normalized, factor = quantizer.normalize(w)
-    assert normalized.isfinite().all() and factor > 0 and quantizer.clip > 0
-    assert quantizer.encode(normalized).isfinite().all()
+    normalized, unit = quantizer.normalize(w)
+    assert normalized.isfinite().all() and quantizer.clip > 0 and (unit is None or unit > 0)
+    operand = Operand(normalized, quantizer.clip, unit, quantizer.encoding)
+    assert operand.scale > 0 and F.encode(normalized, operand.used_clip, operand.levels).isfinite().all()
 
 
 def test_an_unknown_normalization_is_refused():
@@ -96,7 +100,8 @@ def test_encode_and_scale_are_those_of_the_level_set(levels):
     n = quantizer.encode(torch.tensor([9.0, -9.0, 0.0]))
     assert n.tolist() == [levels.max, -levels.max if levels.signed else 0, 0]
     assert torch.equal(quantizer.scale, torch.tensor(1.5) / levels.max)
-    assert quantizer.encoding.max == levels.max and quantizer.encoding.signed is levels.signed
+    assert quantizer.encoding.max == levels.max and quantizer.encoding.min == -levels.max * levels.signed
+    assert quantizer.encoding.set is levels and quantizer.encoding.rectifier is None
     assert quantizer.encoding.table.tolist() == list(levels.encoding_table)
 
 

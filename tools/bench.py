@@ -39,7 +39,7 @@ from apotfx.models import build_model
 from apotfx.training.distributed import pick_device
 
 SEED = 0
-MEMORY_STEPS = 3
+MEMORY_STEPS, MEMORY_PROCESSES = 3, 3
 CALIBRATION_IMAGES = 2  # clips do not change the time of a step
 GROWTH = {"batch": (4, 8, 16, 32), "width": (16, 32, 64, 128), "depth": (2, 4, 8, 16), "bits": tuple(range(2, 9))}
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -413,6 +413,13 @@ def run_fresh(args: argparse.Namespace) -> None:
     print(json.dumps(FRESH[job["what"]](case, Variant(**job["variant"]))))
 
 
+def memory_of(case: Case, variant: Variant) -> dict:
+    """`measure_memory` in the fresh process with the median increase of several, and all increases, ascending."""
+    runs = [in_fresh_process("memory", case, variant) for _ in range(MEMORY_PROCESSES)]
+    runs.sort(key=lambda run: run["increase"])
+    return runs[len(runs) // 2] | {"increases": [run["increase"] for run in runs]}
+
+
 def first_steps(case: Case, variant: Variant) -> dict:
     """`measure_first_step` with an empty cache of compiled code, then with the one that this left."""
     with tempfile.TemporaryDirectory() as cache:
@@ -480,8 +487,10 @@ def time_cells(result: dict) -> list[str]:
 
 
 def memory_cells(result: dict, base: dict) -> list[str]:
-    pairs = [(result["memory"][key], base["memory"][key]) for key in ("peak", "increase")]
-    return [f"{result['parameters']:,}", *(cell for pair in pairs for cell in (mebibytes(pair[0]), times_float(*pair)))]
+    memory, base = result["memory"], base["memory"]
+    peak, increase = ([mebibytes(memory[key]), times_float(memory[key], base[key])] for key in ("peak", "increase"))
+    lowest, highest = mebibytes(min(memory["increases"])), mebibytes(max(memory["increases"]))
+    return [f"{result['parameters']:,}", *peak, increase[0], f"{lowest} to {highest}", increase[1]]
 
 
 def first_step_cells(result: dict) -> list[str]:
@@ -503,8 +512,8 @@ def bench_network(case: Case, variants: Sequence[Variant], args: argparse.Namesp
         print(f"Skipped: {name}: {reason}\n")
     if rows and args.memory:
         for variant, result in results.items():
-            result["memory"] = in_fresh_process("memory", case, variant)
-        headers = ["parameters", "peak, MiB", "x float", "of it by steps, MiB", "x float"]
+            result["memory"] = memory_of(case, variant)
+        headers = ["parameters", "peak, MiB", "x float", "of it by steps, MiB", "range", "x float"]
         print_results(rows, headers, functools.partial(memory_cells, base=rows[0]))
     if rows and args.first_step:
         for variant, result in results.items():
@@ -526,7 +535,7 @@ def bench_growth(axis: str, case: Case, variant: Variant, args: argparse.Namespa
             print(f"Skipped: {axis} {value}: {skipped[str(mine)]}\n")
             continue
         for each, result in results.items():
-            result["memory"] = in_fresh_process("memory", here, each)
+            result["memory"] = memory_of(here, each)
         base, result = results.values()
         times = [milliseconds(r["seconds_quartiles"][1]) for r in (base, result)]
         sizes = [r["memory"]["increase"] for r in (base, result)]
@@ -635,7 +644,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rounds", metavar="N", type=positive, default=15, help="steps that are timed (default 15)")
     add("--warmup", metavar="N", type=positive, default=3, help="steps before them (default 3)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    add("--memory", action="store_true", help="measure the peak of memory too, each in a fresh process")
+    add("--memory", action="store_true", help="measure the peak of memory too, each in 3 fresh processes, median")
     add("--first-step", action="store_true",
         help="measure the first step too, each in a fresh process, with an empty and a filled cache of compiled code")
     add("--growth", action="store_true",
