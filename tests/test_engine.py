@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import shutil
 import threading
 
 import pytest
@@ -23,7 +24,7 @@ from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, engine, kernels, quantize
 from apotfx import functional as F
-from apotfx.engine import COMPILED, EAGER, Int8, choose, quantized_op, use_engine
+from apotfx.engine import COMPILED, EAGER, INDUCTOR, Int8, choose, quantized_op, use_engine
 from apotfx.functional import Operand
 from apotfx.layers import QuantLayer
 from apotfx.operators import Convolution, MatrixProduct, exact_dtype
@@ -779,3 +780,17 @@ def test_a_model_in_float64_gives_the_bits_of_eager(fast):
         if isinstance(module, QuantLayer):
             module.engine = fast
     assert expected.dtype == torch.float64 and torch.equal(qmodel(x), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("rectifier", [None, (0.0, math.inf)], ids=["signed", "relu"])
+def test_what_torch_compiles_for_a_gpu_gives_the_bits_of_eager(rectifier):
+    """Here it compiles for the CPU."""
+    operator, shape_x, shape_w = OPERATORS["conv2d"]
+    tensors = operands(shape_x, shape_w, False, torch.float32)
+    levels = LevelSet("apot", 4, rectifier is None), LevelSet("apot", 4)
+    results = [run(operator, tensors, *levels, engine=engine_, rectifier=rectifier) for engine_ in (EAGER, INDUCTOR)]
+    assert torch.equal(*results)
+    grad = torch.randn_like(results[0])
+    for mine, reference in zip(*(torch.autograd.grad(y, tensors, grad) for y in reversed(results)), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
