@@ -5,6 +5,7 @@ All engines compute the same function: in evaluation the same bits, in training 
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -252,6 +253,8 @@ def choose(name: str = "auto") -> Choice:
     if name == "eager":
         return Choice(EAGER, wanted)
     no_kernels, no_bytes = _what_kernels_lack(), _what_bytes_lack()
+    if no_kernels or no_bytes:
+        _say_once(f"quantized layers run slower than they could: {no_kernels or no_bytes}")
     base, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
     if name == "compiled":
         return Choice(base, ", ".join(reasons) or wanted)
@@ -267,6 +270,11 @@ def use_engine(model: nn.Module, name: str = "auto") -> Choice:
         if hasattr(module, "engine"):
             module.engine = choice.engine
     return choice
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("apotfx").warning(message)
 
 
 @functools.cache
