@@ -761,6 +761,7 @@ def test_a_copy_and_the_state_keep_working(name):
     assert all(p.grad is None for p in qmodel.parameters())
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
 @pytest.mark.parametrize("name", ["eager", "compiled", "int8"])
 def test_torch_compile_computes_the_same(name):
     qmodel = small_model().eval()
@@ -782,6 +783,7 @@ def test_a_model_in_float64_gives_the_bits_of_eager(fast):
     assert expected.dtype == torch.float64 and torch.equal(qmodel(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("rectifier", [None, (0.0, math.inf)], ids=["signed", "relu"])
 def test_what_torch_compiles_for_a_gpu_gives_the_bits_of_eager(rectifier):
