@@ -40,6 +40,10 @@ class Eager:
 
     name = "eager"
 
+    def __reduce__(self) -> tuple:
+        """A pickled model may be read where this engine does not work."""
+        return _chosen, (self.name,)
+
     def standard_deviation(self, w: Tensor) -> Tensor:
         """Of the whole weight, unbiased; shape []."""
         return F.standard_deviation(w)
@@ -261,6 +265,10 @@ def choose(name: str = "auto") -> Choice:
     if no_bytes:
         reasons.append(f"no 8-bit arithmetic: {no_bytes}")
     return Choice(base if no_bytes else Int8(base), ", ".join(reasons) or wanted)
+
+
+def _chosen(name: str) -> Eager:
+    return choose(name).engine
 
 
 def use_engine(model: nn.Module, name: str = "auto") -> Choice:

@@ -1,5 +1,6 @@
 """Compiles kernels.c with the machine's C compiler, keeps the result, and calls it on tensors."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -48,44 +49,46 @@ def library() -> ctypes.CDLL:
     Raises:
         Unavailable: no compiler, or none of its results can be loaded.
     """
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = os.environ.get("CC", "").strip() or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise Unavailable("no C compiler (cc, gcc or clang) is installed")
     problems = []
     for openmp in OPENMP:
         for native in NATIVE:
             try:
-                return _load(_compiled([*compiler.split(), *FLAGS, *native], openmp))
+                return _compile([*compiler.split(), *FLAGS, *native], openmp)
             except (OSError, subprocess.SubprocessError) as error:
                 problems.append(error)
     raise Unavailable(f"the C compiler {compiler} failed ({_first_line(problems[0])})")
 
 
 def _first_line(error: Exception) -> str:
-    text = getattr(error, "stderr", None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    text = (getattr(error, "stderr", None) or "").strip()
+    if not text and isinstance(error, subprocess.CalledProcessError):
+        return f"exit status {error.returncode}"
+    return (text or str(error) or type(error).__name__).splitlines()[0]
 
 
-def _compiled(command: list[str], openmp: tuple[str, ...]) -> Path:
-    """The path of the library that `command` makes of kernels.c."""
+def _compile(command: list[str], openmp: tuple[str, ...]) -> ctypes.CDLL:
+    """The library that `command` makes of kernels.c, from the cache or into it."""
     key = _digest("\n".join([SOURCE.read_text(), *command, *openmp, _processor()]).encode())
     cache = _cache_directory()
     for cached in cache.glob(f"kernels-{key}-*.so"):
         if cached.name == _file_name(key, cached.read_bytes()):  # to load a damaged one would kill the process
-            return cached
-        cached.unlink()
+            return _load(cached)
     with tempfile.TemporaryDirectory() as folder:
         compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         for step in (
             [*command, *openmp, "-c", str(SOURCE), "-o", str(compiled)],
-            [command[0], "-shared", *link, str(compiled), "-o", str(linked)],
+            [*command, "-shared", *link, str(compiled), "-o", str(linked)],
         ):
             subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
-        _load(linked)  # before it is kept: what this process cannot load, none can
-        content = linked.read_bytes()
+        loaded, content = _load(linked), linked.read_bytes()
+    with contextlib.suppress(OSError):  # without a cache the next process compiles again
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(cache / _file_name(key, content), content)
-    return cache / _file_name(key, content)
+    return loaded
 
 
 def _digest(content: bytes) -> str:
@@ -97,16 +100,9 @@ def _file_name(key: str, content: bytes) -> str:
 
 
 def _cache_directory() -> Path:
-    """Where compiled kernels are kept: APOTFX_CACHE, or the user's cache; a private temporary one as a last resort."""
-    root = os.environ.get("APOTFX_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root, "apotfx")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="apotfx-"))
+    """Where compiled kernels are kept: `apotfx` in APOTFX_CACHE or in the user's cache."""
+    root = os.environ.get("APOTFX_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(root), "apotfx")
 
 
 def _processor() -> str:

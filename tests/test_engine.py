@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import pickle
 import shutil
 import threading
 
@@ -796,3 +797,13 @@ def test_what_torch_compiles_for_a_gpu_gives_the_bits_of_eager(rectifier):
     grad = torch.randn_like(results[0])
     for mine, reference in zip(*(torch.autograd.grad(y, tensors, grad) for y in reversed(results)), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
+
+
+def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):
+    qmodel = small_model()
+    use_engine(qmodel, "auto")
+    stored = pickle.dumps(qmodel)
+    monkeypatch.setattr(engine, "_what_kernels_lack", lambda: "none")
+    monkeypatch.setattr(engine, "_what_bytes_lack", lambda: "none")
+    names = {module.engine.name for module in pickle.loads(stored).modules() if isinstance(module, QuantLayer)}
+    assert names == {"eager"}

@@ -385,7 +385,7 @@ def test_no_compiler_is_said(fresh, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("compiler, reason", [
-    ("/nowhere/cc", "No such file or directory"), ("false", "returned non-zero exit status 1"),
+    ("/nowhere/cc", "No such file or directory"), ("false", "exit status 1"),
     ("sh -c 'echo broken >&2; exit 3'", "failed"),
 ], ids=["absent", "failing", "quoted"])  # fmt: skip
 def test_a_compiler_that_fails_is_said(compiler, reason, fresh, monkeypatch, tmp_path):
@@ -447,13 +447,30 @@ def test_a_cache_that_cannot_be_written_does_not_stop_it(fresh, monkeypatch, tmp
 
 @needs_kernels
 def test_a_cache_without_permission_does_not_stop_it(fresh, monkeypatch, tmp_path):
-    access = os.access
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache / "apotfx" and access(path, mode))
+    def refuse(path, data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(kernels, "write_atomic", refuse)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     kernels.library()
     check_works()
-    assert not compiled_files(cache)
+    assert not compiled_files(tmp_path / "cache") and not list(tmp_path.glob("tmp*"))
+
+
+@needs_kernels
+def test_without_a_home_directory_it_compiles_anew(fresh, monkeypatch):
+    for variable in ("APOTFX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: "/proc/nothing")
+    kernels.library()
+    check_works()
+
+
+@needs_kernels
+def test_a_compiler_behind_a_launcher(fresh, monkeypatch):
+    monkeypatch.setenv("CC", f"env {os.environ.get('CC') or 'cc'}")
+    kernels.library()
+    check_works()
 
 
 def load_or_say_why():

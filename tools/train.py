@@ -172,7 +172,8 @@ def choose_config(
         given = {"recipe": "published"} | given
     elif resume is not None:
         require_resumable(args, resume)
-        return require_same(resume, given, "--resume")
+        engine = given.pop("engine", resume.config.engine)
+        return replace(require_same(resume, given, "--resume"), engine=engine)
     return with_published_policy(make_config(given), pretrained)
 
 
@@ -219,6 +220,7 @@ def evaluate_only(job: Job) -> None:
     config, dataset, processes = job.config, job.dataset, job.processes
     checkpoint = job.resume or job.pretrained
     network = restore_network(config, dataset, job.device, checkpoint)
+    print_engine(job, network)
     facts = {"seconds": 0.0}
     if checkpoint.is_published:
         require_published_accuracy(job, network, checkpoint)
@@ -249,8 +251,7 @@ def train(job: Job) -> None:
         network = restore_network(config, dataset, device, resume)
     else:
         network = build_network(config, dataset, device, job.pretrained)
-    if processes.is_main and is_quantized(network.qmodel):
-        print(f"engine: {network.engine}")
+    print_engine(job, network)
     teacher = build_teacher(config, dataset, device, network.image_size)
     trainer = Trainer(config, network.qmodel, dataset, network.image_size, teacher, device, processes)
     if resume is not None:
@@ -276,6 +277,11 @@ def train(job: Job) -> None:
         raise Interrupted(trainer.step, run_dir) from None
     if processes.is_main:
         print(result_table(result, run_dir))
+
+
+def print_engine(job: Job, network: Network) -> None:
+    if job.processes.is_main and is_quantized(network.qmodel):
+        print(f"engine: {network.engine}")
 
 
 def resume_command(args: argparse.Namespace, run_dir: Path) -> str:
