@@ -68,14 +68,8 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
 
     for layer in layers.values():
         if layer.weight_quantizer is not None:
-            weight, unit = layer.weight_quantizer.normalize(layer.weight)
-            layer.weight_quantizer.set_clip(
-                fit_clip(
-                    weight if unit is None else weight / unit,
-                    layer.weight_quantizer.levels,
-                    layer.weight_quantizer.clip.shape,
-                )
-            )
+            quantizer = layer.weight_quantizer
+            quantizer.set_clip(fit_clip(quantizer.in_clip_units(layer.weight), quantizer.levels, quantizer.clip.shape))
     quantized_inputs = {name: layer for name, layer in layers.items() if layer.input_quantizer is not None}
     samples = _observe_float(qmodel, quantized_inputs, batches)
     for name, layer in quantized_inputs.items():

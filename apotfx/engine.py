@@ -29,7 +29,6 @@ from .operators import (
     scaled_op,
 )
 
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Below this many multiplications, packing the weight costs more than 8-bit arithmetic saves (measured at batch 128).
 WORTH_BYTES = 2**25
@@ -113,14 +112,7 @@ class Inductor(Eager):
         n = n.as_strided(operand.values.shape, operand.values.stride())
         return n if factor is None else n * (operand.scale * factor)
 
-    def gradient(
-        self,
-        grad: Tensor,
-        operand: Operand,
-        n: Tensor | None = None,
-        factor: Tensor | None = None,
-        everywhere: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def gradient(self, grad, operand, n=None, factor=None, everywhere=False):
         x = operand.values
         alike = F.is_dense(x) and grad.stride() == x.stride() and (n is None or n.stride() == x.stride())
         if operand.levels is None or operand.clip.dim() or not alike:
@@ -164,14 +156,7 @@ class Compiled(Eager):
     ) -> list[Tensor] | None:
         return kernels.encode_bytes(operand, dtype, zero_point, scratch)
 
-    def gradient(
-        self,
-        grad: Tensor,
-        operand: Operand,
-        n: Tensor | None = None,
-        factor: Tensor | None = None,
-        everywhere: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def gradient(self, grad, operand, n=None, factor=None, everywhere=False):
         if grad.dtype == torch.float32 and kernels.accept(operand):
             return kernels.gradient(grad, operand, factor, everywhere)
         return _otherwise(operand).gradient(grad, operand, n, factor, everywhere)

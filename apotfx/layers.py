@@ -140,8 +140,7 @@ class QuantLayer(nn.Module):
         if self.input_quantizer is not None and self.input_quantizer.needs_clip:
             self.input_quantizer.fit_first_batch(self.rectify(x))
         if self.weight_quantizer is not None and self.weight_quantizer.needs_clip:
-            weight, unit = self.weight_quantizer.normalize(self.weight)
-            self.weight_quantizer.fit_first_batch(weight if unit is None else weight / unit)
+            self.weight_quantizer.fit_first_batch(self.weight_quantizer.in_clip_units(self.weight))
 
     def _operand_dtype(self, x: Tensor) -> torch.dtype:
         """In training whatever is fast; in evaluation what makes the accumulators exact."""

@@ -125,6 +125,11 @@ class WeightQuantizer(Quantizer):
             return (w - w.detach().mean()) / std, None
         return w, std
 
+    def in_clip_units(self, w: Tensor) -> Tensor:
+        """The weight that is quantized, as the clip counts it."""
+        weight, unit = self.normalize(w)
+        return weight if unit is None else weight / unit
+
     def extra_repr(self) -> str:
         granularity = "per channel" if self.clip.dim() else "per tensor"
         return f"{super().extra_repr()}, {granularity}, normalization={self.normalization}"

@@ -148,12 +148,12 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
     `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
     those of the first layers' inputs, which `requires_grad_` can let learn too.
 
+    An activation function whose results only layers with unsigned input levels read is left to them, and the layers
+    run on the fastest engine there is (`use_engine`).
+
     Args:
         model: a float module that torch.fx can trace, or a GraphModule.
         policy: see `BitPolicy`.
-
-    An activation function whose results only layers with unsigned input levels read is left to them, and the layers
-    run on the fastest engine there is (`use_engine`).
 
     Returns:
         A GraphModule; its `meta["plan"]` is the resolved `Plan`.

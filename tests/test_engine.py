@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import os
 import pickle
 import shutil
 import threading
@@ -23,7 +24,7 @@ from helpers import (
 )
 from torch import nn
 
-from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, engine, kernels, quantize
+from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, engine, kernels, operators, quantize
 from apotfx import functional as F
 from apotfx.engine import COMPILED, EAGER, INDUCTOR, Int8, choose, quantized_op, use_engine
 from apotfx.functional import Operand
@@ -807,3 +808,10 @@ def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):
     monkeypatch.setattr(engine, "_what_bytes_lack", lambda: "none")
     names = {module.engine.name for module in pickle.loads(stored).modules() if isinstance(module, QuantLayer)}
     assert names == {"eager"}
+
+
+def test_nothing_is_skipped_that_could_run():
+    """What the marks of helpers.py skip for, this finds out in another way."""
+    compilers = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
+    assert (engine._what_kernels_lack() is None) is any(compilers)
+    assert (engine._what_bytes_lack() is None) is (operators.HAS_ONEDNN and torch.cpu._is_vnni_supported())
