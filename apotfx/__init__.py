@@ -3,7 +3,8 @@
 from .calibrate import calibrate
 from .engine import use_engine
 from .errors import ApotfxError
-from .integer import export_integer, load_integer, read_integer
+from .integer.format import export_integer, read_integer
+from .integer.load import load_integer
 from .levels import LevelSet
 from .policy import BitPolicy, Rule
 from .rewrite import plan, quantize

@@ -105,11 +105,11 @@ def is_layer(module: nn.Module) -> bool:
 def _layer_name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op == "call_module" and is_layer(modules[node.target]):
         return node.target
-    return node.name if node.op == "call_function" and _torch_name(node) in FUNCTIONAL_LAYERS else None
+    return node.name if node.op == "call_function" and torch_name(node) in FUNCTIONAL_LAYERS else None
 
 
 def _type_name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    return type(modules[node.target]).__name__ if node.op == "call_module" else f"F.{_torch_name(node)}"
+    return type(modules[node.target]).__name__ if node.op == "call_module" else f"F.{torch_name(node)}"
 
 
 def _obstacle(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
@@ -133,7 +133,7 @@ def _hiding_place(name: str, modules: dict[str, nn.Module], graph: fx.Graph) -> 
             return f"inside {parent} ({type(modules[parent]).__name__}), which tracing keeps whole"
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == f"{name}.weight":
-            users = ", ".join(sorted({_torch_name(user) or str(user.target) for user in node.users}))
+            users = ", ".join(sorted({torch_name(user) or str(user.target) for user in node.users}))
             return f"never called; its weight is passed to {users}"
     return "never called by the model's forward"
 
@@ -165,7 +165,7 @@ def non_negative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[f
     for node in graph.nodes:
         facts[node] = _is_non_negative(node, modules, facts)
         # What works in place also changes what later readers of its first operand see.
-        name = _torch_name(node) or ""
+        name = torch_name(node) or ""
         if (name in IN_PLACE_OPERATORS or name.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
             facts[node.args[0]] &= facts[node]
     return facts
@@ -179,7 +179,7 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
         if isinstance(module, NON_NEGATIVE_MODULES):
             return True
         return isinstance(module, PRESERVING_MODULES) and facts[node.all_input_nodes[0]]
-    name = _torch_name(node)
+    name = torch_name(node)
     if name in NON_NEGATIVE_FUNCTIONS:
         return True
     if name in PRESERVING_FUNCTIONS:
@@ -206,7 +206,7 @@ def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return (0.0, float(module.max_val)) if module.min_val == 0 else None
         return (0.0, math.inf) if type(module) is nn.ReLU else None
-    return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(_torch_name(node))
+    return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(torch_name(node))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -223,7 +223,7 @@ def is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return False
     if node.op == "call_module":
         return is_layer(modules[node.target]) or isinstance(modules[node.target], BATCH_NORMS)
-    name = _torch_name(node)
+    name = torch_name(node)
     if name == "iadd":
         return isinstance(node.args[0], fx.Node) and is_read_once(node.args[0], modules)
     return name == "add"
@@ -233,7 +233,7 @@ def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:
     return facts[x] if isinstance(x, fx.Node) else isinstance(x, (int, float)) and x >= 0
 
 
-def _torch_name(node: fx.Node) -> str | None:
+def torch_name(node: fx.Node) -> str | None:
     """The name of the torch function or tensor method that a node calls; None for anything else."""
     if node.op == "call_method":
         return node.target

@@ -241,9 +241,9 @@ def choose(name: str = "auto") -> Choice:
     wanted = "the fastest" if name == "auto" else "asked for"
     if name == "eager":
         return Choice(EAGER, wanted)
-    no_kernels, no_bytes = _what_kernels_lack(), _what_bytes_lack()
+    no_kernels, no_bytes = what_kernels_lack(), what_bytes_lack()
     if no_kernels or no_bytes:
-        _say_once(f"quantized layers run slower than they could: {no_kernels or no_bytes}")
+        say_once(f"quantized layers run slower than they could: {no_kernels or no_bytes}")
     base, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
     if name == "compiled":
         return Choice(base, ", ".join(reasons) or wanted)
@@ -266,12 +266,12 @@ def use_engine(model: nn.Module, name: str = "auto") -> Choice:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     logging.getLogger("apotfx").warning(message)
 
 
 @functools.cache
-def _what_kernels_lack() -> str | None:
+def what_kernels_lack() -> str | None:
     try:
         kernels.library()
     except kernels.Unavailable as error:
@@ -280,7 +280,7 @@ def _what_kernels_lack() -> str | None:
 
 
 @functools.cache
-def _what_bytes_lack() -> str | None:
+def what_bytes_lack() -> str | None:
     if not HAS_ONEDNN:
         return "this torch has no oneDNN"
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():

@@ -1,8 +1,8 @@
 """Quantized layers: torch's own layers with a quantizer for the weight and one for the input.
 
-A `QuantLayer` holds float weights that train; an `IntegerLayer` holds integer levels and only computes. Both
-bring an input to levels with `functional.encode` and compute the output with `functional.scaled_op`, which
-is why their results are equal in every bit.
+A `QuantLayer` holds float weights that train; an `integer.layers.IntegerLayer` holds integer levels and only computes.
+Both bring an input to levels with `functional.encode`, add up products of integers exactly, and multiply the sums by the
+same float, which is why their results are equal in every bit.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,7 @@ from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
-from .levels import LevelSet
-from .operators import BFLOAT16_EXACT, Convolution, MatrixProduct, Operator, exact_dtype, output_scale, scaled_op
+from .operators import BFLOAT16_EXACT, Convolution, MatrixProduct, Operator, accumulator_bound, exact_dtype
 from .quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -146,7 +145,8 @@ class QuantLayer(nn.Module):
         """In training whatever is fast; in evaluation what makes the accumulators exact."""
         inputs, weights = self.input_quantizer, self.weight_quantizer
         if not self.training and inputs is not None and weights is not None:
-            return exact_dtype(self.weight.shape, weights.levels.max, inputs.levels.max, x.device)
+            bound = accumulator_bound(self.weight.shape, weights.levels.max, inputs.levels.max)
+            return exact_dtype(bound, max(weights.levels.max, inputs.levels.max), x.device)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             levels = [q.levels.max for q in (inputs, weights) if q is not None]
@@ -173,54 +173,3 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 QUANT_LAYERS = {cls.float_type: cls for cls in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)}
-
-
-class IntegerLayer(nn.Module):
-    """A layer whose weight is integer levels; what `load_integer` puts in a float layer's place.
-
-    Buffers: `weight` (smallest integer type, [C_out, ...]; float where its levels are None), `weight_scale` ([] or
-    [C_out, 1, ...]), `input_clip` ([]; None for a float input), `bias` ([C_out]; None without).
-    """
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        weight: Tensor,
-        weight_levels: LevelSet | None,
-        weight_scale: Tensor,
-        input_levels: LevelSet | None,
-        input_clip: Tensor | None,
-        bias: Tensor | None,
-        rectifier: tuple[float, float] | None = None,
-    ):
-        super().__init__()
-        self.geometry = geometry
-        self.rectifier = rectifier
-        self.weight_levels, self.input_levels = weight_levels, input_levels
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("input_clip", input_clip)
-        self.register_buffer("bias", bias)
-        table = None if input_levels is None else F.Levels.of(input_levels).table
-        self.register_buffer("table", table, persistent=False)
-
-    @torch.no_grad()
-    def forward(self, input: Tensor) -> Tensor:
-        prepared = self.geometry.prepare(input)
-        if self.input_levels is None:
-            n_x, scale_x, dtype = prepared, prepared.new_ones(()), prepared.dtype
-        else:
-            levels = F.Levels(self.table, self.input_levels, self.rectifier)
-            n_x = F.encode(prepared, self.input_clip, levels)
-            scale_x = self.input_clip / levels.max
-            dtype = n_x.dtype
-            if self.weight_levels is not None:
-                dtype = exact_dtype(self.weight.shape, self.weight_levels.max, levels.max, input.device)
-        scale = output_scale(scale_x, self.weight_scale, self.geometry.operator)
-        y = scaled_op(n_x, self.weight, scale, self.geometry.operator, dtype)
-        return self.geometry.finish(y, self.bias, input)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
-        )

@@ -164,14 +164,18 @@ def accumulator_bound(weight_shape: torch.Size, max_w: int, max_x: int) -> int:
     return weight_shape[1:].numel() * max_w * max_x
 
 
-def exact_dtype(weight_shape: torch.Size, max_w: int, max_x: int, device: torch.device) -> torch.dtype:
+def exact_dtype(bound: int, max_level: int, device: torch.device) -> torch.dtype:
     """A dtype in which the accumulators of a layer are exact, whatever the order of summation.
 
-    float32 where `accumulator_bound` allows it, and the levels too, should the user let float32 products run
+    float32 where the bound on their magnitude allows it, and the levels too, should the user let float32 products run
     in bfloat16. float64 elsewhere: cuDNN and NNPACK (used where oneDNN is missing or off) may compute float32
     convolutions by Winograd or FFT, which are not exact on integers; they have none for float64.
+
+    Args:
+        bound: the largest magnitude of an accumulator or a partial sum.
+        max_level: the largest magnitude of a level of the input or the weight.
     """
-    exact = accumulator_bound(weight_shape, max_w, max_x) < FLOAT32_EXACT and max(max_w, max_x) <= BFLOAT16_EXACT
+    exact = bound < FLOAT32_EXACT and max_level <= BFLOAT16_EXACT
     direct = device.type == "cpu" and HAS_ONEDNN and torch.backends.mkldnn.enabled
     return torch.float32 if exact and direct else torch.float64
 

@@ -4,9 +4,11 @@ import copy
 import warnings
 from collections import Counter
 
+import torch
 from torch import fx, nn
 
-from .analysis import analyze, has_hooks, is_read_once, rectified_range
+from . import reproducible
+from .analysis import analyze, has_hooks, is_read_once, rectified_range, torch_name
 from .engine import use_engine
 from .errors import ApotfxError
 from .layers import QUANT_LAYERS, QuantLayer
@@ -148,8 +150,9 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
     `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
     those of the first layers' inputs, which `requires_grad_` can let learn too.
 
-    An activation function whose results only layers with unsigned input levels read is left to them, and the layers
-    run on the fastest engine there is (`use_engine`).
+    An activation function whose results only layers with unsigned input levels read is left to them, batch norms and
+    average pools evaluate reproducibly (see `reproducible`), and the layers run on the fastest engine there is
+    (`use_engine`).
 
     Args:
         model: a float module that torch.fx can trace, or a GraphModule.
@@ -171,6 +174,8 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
     unsigned = {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed}
     for name, rectifier in absorb_rectifiers(graph_module, unsigned).items():
         layers[name].rectifier = rectifier
+    if layers:
+        make_reproducible(graph_module)
     swap_layers(graph_module, layers)
     use_engine(graph_module)
     graph_module.meta["plan"] = resolved
@@ -205,6 +210,24 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
             graph_module.graph.erase_node(node)
             absorbed |= dict.fromkeys(takers, rectifier)
     return absorbed
+
+
+def make_reproducible(graph_module: fx.GraphModule) -> None:
+    """Replace, in place, batch norms and average pools of torch by those of `reproducible`.
+
+    Modules keep their names and state.
+    """
+    for module in graph_module.modules():
+        module.__class__ = reproducible.REPRODUCIBLE.get(type(module), type(module))
+    for node in list(graph_module.graph.nodes):
+        averages = torch_name(node) in reproducible.AVERAGE_FUNCTIONS and "dtype" not in node.kwargs
+        if averages and node.args and isinstance(node.args[0], fx.Node):
+            name = f"{node.name}_average"
+            function = torch.mean if node.op == "call_method" else node.target
+            graph_module.add_submodule(name, reproducible.Average(function).train(graph_module.training))
+            with graph_module.graph.inserting_before(node):
+                node.replace_all_uses_with(graph_module.graph.call_module(name, node.args, node.kwargs))
+            graph_module.graph.erase_node(node)
 
 
 def swap_layers(graph_module: fx.GraphModule, layers: dict[str, nn.Module]) -> None:

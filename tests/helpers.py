@@ -26,10 +26,10 @@ def _level_sets() -> list[LevelSet]:
 
 LEVEL_SETS = _level_sets()
 needs_kernels = pytest.mark.skipif(
-    engine._what_kernels_lack() is not None, reason=f"no compiled kernels: {engine._what_kernels_lack()}"
+    engine.what_kernels_lack() is not None, reason=f"no compiled kernels: {engine.what_kernels_lack()}"
 )
 needs_bytes = pytest.mark.skipif(
-    engine._what_bytes_lack() is not None, reason=f"no 8-bit arithmetic: {engine._what_bytes_lack()}"
+    engine.what_bytes_lack() is not None, reason=f"no 8-bit arithmetic: {engine.what_bytes_lack()}"
 )
 
 

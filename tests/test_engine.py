@@ -29,7 +29,7 @@ from apotfx import functional as F
 from apotfx.engine import COMPILED, EAGER, INDUCTOR, Int8, choose, quantized_op, use_engine
 from apotfx.functional import Operand
 from apotfx.layers import QuantLayer
-from apotfx.operators import Convolution, MatrixProduct, exact_dtype
+from apotfx.operators import Convolution, MatrixProduct, accumulator_bound, exact_dtype
 
 signed_or_not = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 per_tensor_or_channel = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
@@ -75,7 +75,7 @@ def run(
     """As a layer does in evaluation, unless `exact` is False or there is a dtype."""
     x, w, clip_x, clip_w = tensors
     if dtype is None:
-        dtype = exact_dtype(w.shape, levels_w.max, levels_x.max, x.device)
+        dtype = exact_dtype(accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device)
     return quantized_op(
         Operand(x, clip_x if levels_x else None, None, levels_x and encoding(levels_x, rectifier)),
         Operand(w, clip_w if levels_w else None, unit if levels_w else None, levels_w and encoding(levels_w)),
@@ -413,7 +413,7 @@ def test_accumulators_are_those_of_integer_arithmetic(operator, shape_x, shape_w
     n_x = nearest_level(x.clamp(-levels_x.max, levels_x.max), levels_x)
     n_w = nearest_level(w.clamp(-levels_w.max, levels_w.max), levels_w)
     expected = integer_operator(operator, n_x, n_w)
-    dtype = exact_dtype(w.shape, levels_w.max, levels_x.max, x.device)
+    dtype = exact_dtype(accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device)
     accumulators = operator.forward(n_x.to(dtype), n_w.to(dtype))
     assert torch.equal(accumulators.long(), expected) and torch.equal(accumulators, accumulators.round())
     # With clips of max the scale is 1.
@@ -646,8 +646,8 @@ def here(monkeypatch):
     """Sets what is missing here."""
 
     def set_missing(kernels=None, bytes=None):
-        monkeypatch.setattr(engine, "_what_kernels_lack", lambda: kernels)
-        monkeypatch.setattr(engine, "_what_bytes_lack", lambda: bytes)
+        monkeypatch.setattr(engine, "what_kernels_lack", lambda: kernels)
+        monkeypatch.setattr(engine, "what_bytes_lack", lambda: bytes)
 
     return set_missing
 
@@ -682,7 +682,7 @@ def test_an_unknown_engine_is_refused(name):
 
 
 def test_why_bytes_cannot_be_used(monkeypatch):
-    lack = engine._what_bytes_lack.__wrapped__
+    lack = engine.what_bytes_lack.__wrapped__
     with monkeypatch.context() as patch:
         patch.setattr(engine, "HAS_ONEDNN", False)
         assert lack() == "this torch has no oneDNN"
@@ -707,7 +707,7 @@ def test_why_kernels_cannot_be_used(monkeypatch):
         raise kernels.Unavailable("no compiler")
 
     monkeypatch.setattr(kernels, "library", unavailable)
-    assert engine._what_kernels_lack.__wrapped__() == "no compiler"
+    assert engine.what_kernels_lack.__wrapped__() == "no compiler"
 
 
 # In a model.
@@ -804,8 +804,8 @@ def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):
     qmodel = small_model()
     use_engine(qmodel, "auto")
     stored = pickle.dumps(qmodel)
-    monkeypatch.setattr(engine, "_what_kernels_lack", lambda: "none")
-    monkeypatch.setattr(engine, "_what_bytes_lack", lambda: "none")
+    monkeypatch.setattr(engine, "what_kernels_lack", lambda: "none")
+    monkeypatch.setattr(engine, "what_bytes_lack", lambda: "none")
     names = {module.engine.name for module in pickle.loads(stored).modules() if isinstance(module, QuantLayer)}
     assert names == {"eager"}
 
@@ -813,5 +813,5 @@ def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):
 def test_nothing_is_skipped_that_could_run():
     """What the marks of helpers.py skip for, this finds out in another way."""
     compilers = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
-    assert (engine._what_kernels_lack() is None) is any(compilers)
-    assert (engine._what_bytes_lack() is None) is (operators.HAS_ONEDNN and torch.cpu._is_vnni_supported())
+    assert (engine.what_kernels_lack() is None) is any(compilers)
+    assert (engine.what_bytes_lack() is None) is (operators.HAS_ONEDNN and torch.cpu._is_vnni_supported())

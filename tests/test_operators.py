@@ -184,7 +184,8 @@ def test_bytes_in_every_layout(name):
     (1, 256, 256, torch.float32), (1, 257, 1, torch.float64), (1, 1, 257, torch.float64),  # beyond bfloat16
 ])  # fmt: skip
 def test_exact_dtype_at_its_bounds(num_inputs, max_w, max_x, expected):
-    assert exact_dtype(torch.Size([10, num_inputs]), max_w, max_x, CPU) == expected
+    bound = accumulator_bound(torch.Size([10, num_inputs]), max_w, max_x)
+    assert exact_dtype(bound, max(max_w, max_x), CPU) == expected
 
 
 def test_the_bound_counts_a_group_and_the_kernel():
@@ -192,7 +193,7 @@ def test_the_bound_counts_a_group_and_the_kernel():
 
 
 def test_exact_dtype_on_a_gpu_is_float64():
-    assert exact_dtype(torch.Size([4, 4, 3, 3]), 1, 1, torch.device("cuda")) == torch.float64
+    assert exact_dtype(1, 1, torch.device("cuda")) == torch.float64
 
 
 def test_accumulators_are_exact_without_onednn(monkeypatch):
@@ -201,7 +202,7 @@ def test_accumulators_are_exact_without_onednn(monkeypatch):
     n_x = torch.randint(0, 100, (16, 16, 32, 32), generator=torch.Generator().manual_seed(0)).float()
     n_w = torch.randint(-100, 101, (4, 16, 3, 3), generator=torch.Generator().manual_seed(1)).float()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    dtype = exact_dtype(n_w.shape, 100, 100, CPU)
+    dtype = exact_dtype(accumulator_bound(n_w.shape, 100, 100), 100, CPU)
     expected = integer_operator(operator, n_x, n_w)
     assert torch.equal(operator.forward(n_x.to(dtype), n_w.to(dtype)).to(torch.float64), expected.double())
 
@@ -211,7 +212,7 @@ def test_the_largest_accumulators_are_exact(num_inputs):
     levels_x, levels_w = LevelSet("uniform", 8, False), LevelSet("uniform", 8)
     x, w = torch.full((3, num_inputs), 255.0), torch.full((2, num_inputs), 127.0)
     w[1] = -127
-    dtype = exact_dtype(w.shape, 127, 255, CPU)
+    dtype = exact_dtype(accumulator_bound(w.shape, 127, 255), 255, CPU)
     n_x = F.encode(x, torch.tensor(255.0), encoding(levels_x))
     n_w = F.encode(w, torch.tensor(127.0), encoding(levels_w))
     n = MatrixProduct().forward(n_x.to(dtype), n_w.to(dtype))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apotfx.errors import ApotfxError
+from apotfx.reproducible import SyncBatchNorm, evaluate_batch_norm
 
 
 class Processes:
@@ -77,7 +78,7 @@ class CpuSyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return evaluate_batch_norm(self, x) if self.track_running_stats else super().forward(x)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = (1, -1) + (1,) * (x.dim() - 2)
         total = x.numel() // x.shape[1] * dist.get_world_size()  # every process has an equal share of the batch
@@ -97,9 +98,11 @@ class CpuSyncBatchNorm(_BatchNorm):
 def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` with batch norms that use the statistics of all processes' batches; it is changed in place."""
     if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = SyncBatchNorm
+        elif isinstance(module, _BatchNorm):
             module.__class__ = CpuSyncBatchNorm
     return model
 

@@ -18,7 +18,8 @@ from torch import fx, nn
 from apotfx.engine import Choice
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
-from apotfx.integer import export_integer, load_integer
+from apotfx.integer.format import export_integer
+from apotfx.integer.load import load_integer
 from apotfx.policy import FLOAT_BITS, BitPolicy
 from apotfx.training.build import Network, is_quantized
 from apotfx.training.config import TrainConfig

@@ -1,0 +1,134 @@
+"""The modules of a loaded integer network."""
+
+import torch
+from torch import Tensor, nn
+
+from apotfx import functional as F
+from apotfx import reproducible
+from apotfx.errors import ApotfxError
+from apotfx.layers import Geometry
+from apotfx.levels import LevelSet
+from apotfx.operators import Convolution, exact_dtype, output_scale
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or matrix product of integer levels; what `load_integer` puts in a float layer's place.
+
+    A float input or weight, which the policy may ask for, stands for its levels; then the accumulators are float.
+
+    Attributes:
+        name: in the network.
+        input_levels, weight_levels: level sets; None for float.
+        rectifier: the range that the input is clamped to before it is encoded; None for all numbers.
+
+    Buffers: `weight` (levels in the smallest integer type that holds them, or float, [C_out, ...]); `weight_scale`
+    ([] or [C_out, 1, ...]); `input_clip` ([]; None for a float input); `bias` ([C_out]; None without); `scale`, from
+    accumulators to outputs ([], or broadcasting over the output).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        geometry: Geometry,
+        weight: Tensor,
+        weight_levels: LevelSet | None,
+        weight_scale: Tensor,
+        input_levels: LevelSet | None,
+        input_clip: Tensor | None,
+        bias: Tensor | None,
+        rectifier: tuple[float, float] | None = None,
+    ):
+        super().__init__()
+        self.name = name
+        self.geometry = geometry
+        self.rectifier = rectifier
+        self.weight_levels, self.input_levels = weight_levels, input_levels
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_clip", input_clip)
+        self.register_buffer("bias", bias)
+        input_scale = weight_scale.new_ones(()) if input_levels is None else input_clip / input_levels.max
+        self.register_buffer("scale", output_scale(input_scale, weight_scale, geometry.operator), persistent=False)
+        table = None if input_levels is None else F.Levels.of(input_levels).table
+        self.register_buffer("table", table, persistent=False)
+        self.accumulator_range = self._accumulator_range() if self.is_integer else None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether both the input and the weight are integers."""
+        return self.input_levels is not None and self.weight_levels is not None
+
+    @property
+    def encoding(self) -> F.Levels:
+        """How the input is encoded."""
+        return F.Levels(self.table, self.input_levels, self.rectifier)
+
+    def _accumulator_range(self) -> tuple[int, int]:
+        """The smallest and the largest value that any input can bring an accumulator to, partial sums included."""
+        w = self.weight.flatten(1).long()
+        positive, negative = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
+        high, low = self.input_levels.max, -self.input_levels.max if self.input_levels.signed else 0
+        return (
+            (positive * low + negative * high).amin().item() if len(w) else 0,
+            (positive * high + negative * low).amax().item() if len(w) else 0,
+        )
+
+    @property
+    def accumulator_bound(self) -> int:
+        """The largest magnitude in `accumulator_range`."""
+        return max(-self.accumulator_range[0], self.accumulator_range[1])
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        self.require_shape(input.shape)
+        y = self.accumulate(self.encode(self.geometry.prepare(input)))
+        return self.geometry.finish(y.to(self.scale.dtype) * self.scale, self.bias, input)
+
+    def require_shape(self, shape: torch.Size) -> None:
+        """Raises: ApotfxError: an input of that shape does not fit the layer."""
+        operator, weight = self.geometry.operator, self.weight.shape
+        if isinstance(operator, Convolution):
+            dims, channels = len(operator.stride), weight[1] * operator.groups
+            fits = len(shape) in (dims + 1, dims + 2) and shape[-dims - 1] == channels
+            expected = f"[N, {channels}, {', '.join('DHW'[-dims:])}]"
+        else:
+            fits, expected = len(shape) > 0 and shape[-1] == weight[1], f"[..., {weight[1]}]"
+        if not fits:
+            raise ApotfxError(
+                f"layer {self.name}: its input has the shape {list(shape)}, expected {expected}; pass images of the "
+                "size and the channels that the network was trained with"
+            )
+
+    def encode(self, prepared: Tensor) -> Tensor:
+        """The levels of a padded input, integer-valued float; a float input is returned as it is."""
+        if self.input_levels is None:
+            return prepared
+        return F.encode(prepared, self.input_clip, self.encoding)
+
+    def accumulate(self, n: Tensor) -> Tensor:
+        """The accumulators of a padded and encoded input: sums of products of levels, exact in the dtype they have."""
+        dtype = n.dtype
+        if self.is_integer:
+            largest = max(self.input_levels.max, self.weight_levels.max)
+            dtype = exact_dtype(self.accumulator_bound, largest, n.device)
+        return self.geometry.operator.forward(n.to(dtype), self.weight.to(dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
+        )
+
+
+class Affine(nn.Module):
+    """`x * multiplier + offset` per channel, both rounded: a batch norm of the trained network. Buffers: both, [C]."""
+
+    def __init__(self, multiplier: Tensor, offset: Tensor):
+        super().__init__()
+        self.register_buffer("multiplier", multiplier)
+        self.register_buffer("offset", offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reproducible.affine(x, self.multiplier, self.offset)
+
+    def extra_repr(self) -> str:
+        return str(len(self.multiplier))

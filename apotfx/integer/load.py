@@ -1,0 +1,138 @@
+"""An export and the float model it came from, put together to a network that computes on integers."""
+
+import copy
+import math
+import os
+
+import torch
+from torch import Tensor, fx, nn
+
+from apotfx.analysis import has_hooks
+from apotfx.engine import say_once
+from apotfx.errors import ApotfxError
+from apotfx.integer.format import MANIFEST, describe_rectifier, level_set_of, read_integer, structure_of
+from apotfx.integer.graph import describe_graph, require_same_graph
+from apotfx.integer.layers import Affine, IntegerLayer
+from apotfx.integer.onednn import fuse, what_onednn_lacks
+from apotfx.layers import QUANT_LAYERS, Geometry
+from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
+from apotfx.rewrite import absorb_rectifiers, make_reproducible, swap_layers, trace
+
+BACKENDS = ("reference", "onednn")
+
+
+def load_integer(path: str | os.PathLike, float_model: nn.Module, backend: str = "reference") -> fx.GraphModule:
+    """The exported network as a module that computes on integers, with the structure of `float_model`.
+
+    Its results equal, in every bit, those of the quantized model in evaluation mode.
+
+    Args:
+        path: a directory that `export_integer` wrote.
+        float_model: the float model that was quantized (its values do not matter); stays untouched.
+        backend: "reference" runs on any device, on integers in float32 or float64, whichever is exact; "onednn" on
+            8-bit integers on an x86 CPU, with what lies between the layers fused. Where oneDNN cannot, a warning
+            says so once and the network is the reference.
+
+    Returns:
+        A GraphModule in evaluation mode, on the device of `float_model`. With "onednn" it stays on the CPU.
+
+    Raises:
+        ApotfxError: as `read_integer`; or the export does not fit the model, with the name of what does not.
+    """
+    if backend not in BACKENDS:
+        raise ApotfxError(f"backend {backend!r}: unknown; choose one of {', '.join(BACKENDS)}")
+    manifest, tensors = read_integer(path)
+    imodel = assemble(manifest, tensors, float_model, path)
+    if backend == "onednn":
+        lacking = what_onednn_lacks(imodel)
+        if lacking is None:
+            return fuse(imodel)
+        say_once(f"backend onednn: {lacking}; the integer network runs as reference, which is slower")
+    return imodel
+
+
+def assemble(
+    manifest: dict, tensors: dict[str, Tensor], float_model: nn.Module, path: str | os.PathLike
+) -> fx.GraphModule:
+    """The reference network of an export that was read; see `load_integer`. `path` is for messages."""
+    imodel = trace(copy.deepcopy(float_model))
+    matching = {entry["name"]: _matching_layer(imodel, entry, path) for entry in manifest["layers"]}
+    unsigned = {entry["name"] for entry in manifest["layers"] if entry["input"] and not entry["input"]["signed"]}
+    rectifiers = absorb_rectifiers(imodel, unsigned)
+    layers = {
+        entry["name"]: _integer_layer(entry, matching[entry["name"]], tensors, rectifiers.get(entry["name"]))
+        for entry in manifest["layers"]
+    }
+    for entry in manifest["layers"]:
+        got = describe_rectifier(rectifiers.get(entry["name"]))
+        if got != entry["rectifier"]:
+            raise ApotfxError(
+                f"export {path}: the input of layer {entry['name']} is clamped to {entry['rectifier']}, in the model to "
+                f"{got}; pass the float model that was exported"
+            )
+    make_reproducible(imodel)
+    graph = describe_graph(imodel)
+    swap_layers(imodel, layers)
+    state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}
+    stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
+    for name in sorted(state.keys() | stored.keys()):
+        expected, got = (tuple(d[name].shape) if name in d else "absent" for d in (state, stored))
+        if expected != got:
+            raise ApotfxError(
+                f"export {path}: {name} is {got}, the model has {expected}; pass the model that was exported"
+            )
+    require_same_graph(manifest, graph, path)
+    imodel.load_state_dict(stored, strict=False)
+    _freeze_batch_norms(imodel.eval().requires_grad_(False))
+    return imodel
+
+
+def _freeze_batch_norms(imodel: fx.GraphModule) -> None:
+    """Replace each batch norm, in place, by the multiplication and the addition that it has become."""
+    for name, module in list(imodel.named_modules()):
+        if type(module) in BATCH_NORMS.values() and module.running_var is not None and not has_hooks(module):
+            imodel.set_submodule(name, Affine(*folded_batch_norm(module)).eval())
+
+
+def _matching_layer(model: fx.GraphModule, entry: dict, path: str | os.PathLike) -> nn.Module:
+    fix = "pass the float model that was exported"
+    try:
+        layer = model.get_submodule(entry["name"])
+    except AttributeError:
+        raise ApotfxError(f"export {path}: layer {entry['name']} is not in the model; {fix}") from None
+    supported = type(layer) in QUANT_LAYERS
+    for key, got in (structure_of(layer, type(layer)) if supported else {"type": type(layer).__name__}).items():
+        if got != entry[key]:
+            raise ApotfxError(f"export {path}: layer {entry['name']} has {key} {entry[key]}, in the model {got}; {fix}")
+    return layer
+
+
+def _integer_layer(
+    entry: dict, layer: nn.Module, tensors: dict[str, Tensor], rectifier: tuple[float, float] | None
+) -> IntegerLayer:
+    name, device = entry["name"], layer.weight.device
+    weight, inputs = entry["weight"], entry["input"]
+    channels = entry["shape"][0]
+    for kind, quantizer in (("weight", weight), ("input", inputs)):
+        for key, values in ({} if quantizer is None else {k: quantizer[k] for k in ("clip", "scale")}).items():
+            if len(values) not in (1, channels) or not all(0 < value < math.inf for value in values):
+                raise ApotfxError(
+                    f"{MANIFEST}: layer {name} has the {kind} {key} {values}, expected 1 or {channels} numbers above 0"
+                )
+    levels = tensors[f"{name}.weight"]
+    scale_shape = () if weight is None or len(weight["scale"]) == 1 else (-1,) + (1,) * (len(entry["shape"]) - 1)
+    integer_layer = IntegerLayer(
+        name=name,
+        geometry=Geometry.of(layer),
+        weight=torch.empty_like(layer.weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
+        weight_levels=None if weight is None else level_set_of(weight),
+        weight_scale=torch.tensor([1.0] if weight is None else weight["scale"]).reshape(scale_shape),
+        input_levels=None if inputs is None else level_set_of(inputs),
+        input_clip=None if inputs is None else torch.tensor(inputs["clip"]).reshape(()),
+        bias=tensors.get(f"{name}.bias"),
+        rectifier=rectifier,
+    ).to(device)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for suffix in ("", "_with_kwargs"):
+            vars(integer_layer)[hooks + suffix] = vars(layer)[hooks + suffix].copy()
+    return integer_layer

@@ -1,0 +1,6 @@
+def what_onednn_lacks(imodel):
+    return "not written yet"
+
+
+def fuse(imodel):
+    return imodel

@@ -1,0 +1,147 @@
+"""What each node of an integer network computes, under one name however torch spells it.
+
+The compiled backend and the translations to ONNX and C read a network through this.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from apotfx.analysis import rectified_range, torch_name
+from apotfx.errors import ApotfxError
+from apotfx.integer.layers import Affine, IntegerLayer
+from apotfx.reproducible import AVERAGE_POOLS, Average
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One node.
+
+    Attributes:
+        kind: "input"; "output"; "layer" (an IntegerLayer); "affine" (an Affine); "clamp" (to `low`, `high`, which may be
+            infinite); "add" (two tensors); "max_pool" and "average_pool" (`kernel`, `stride`, `padding` and, for a
+            maximum, `dilation`, one number per dimension; `ceil_mode`; `count_include_pad`); "global_average"
+            (over `dims`, with or without `keepdim`); "flatten" (from dimension 1 on); "concatenate" (along `dim`);
+            "identity"; "other".
+        node: the node; its name is the operation's.
+        inputs: the nodes that it reads.
+        module: of a layer or an affine operation; None otherwise.
+        settings: as `kind` says.
+    """
+
+    kind: str
+    node: fx.Node
+    inputs: tuple[fx.Node, ...] = ()
+    module: nn.Module | None = None
+    settings: dict = field(default_factory=dict)
+
+    def __getitem__(self, key: str):
+        return self.settings[key]
+
+
+def operations(network: fx.GraphModule) -> list[Operation]:
+    """The operations of a network from `load_integer`, in order of execution."""
+    modules = dict(network.named_modules())
+    return [_operation(node, modules, network) for node in network.graph.nodes]
+
+
+def refuse(operation: Operation, target: str) -> ApotfxError:
+    """The error that says that `target` has no way to express an operation."""
+    node = operation.node
+    what = (
+        type(operation.module).__name__
+        if operation.module is not None
+        else getattr(node.target, "__name__", node.target)
+    )
+    return ApotfxError(f"{target}: the operation {node.name} ({what}) cannot be expressed; remove it from the network")
+
+
+def _operation(node: fx.Node, modules: dict[str, nn.Module], network: fx.GraphModule) -> Operation:
+    inputs = tuple(node.all_input_nodes)
+    if node.op in ("placeholder", "output"):
+        return Operation("input" if node.op == "placeholder" else "output", node, inputs)
+    module = modules[node.target] if node.op == "call_module" else None
+    if isinstance(module, IntegerLayer):
+        return Operation("layer", node, inputs, module)
+    if isinstance(module, Affine):
+        return Operation("affine", node, inputs, module)
+    limits = rectified_range(node, modules)
+    if limits is not None:
+        return Operation("clamp", node, inputs, module, {"low": limits[0], "high": limits[1]})
+    kind, settings = _interpret(node, module, network)
+    return Operation(kind, node, inputs, module, settings)
+
+
+def _interpret(node: fx.Node, module: nn.Module | None, network: fx.GraphModule) -> tuple[str, dict]:
+    if isinstance(module, (Average, *AVERAGE_POOLS)):
+        return _average(node, module)
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
+        return "max_pool", _window(vars(module), dims=_dims(module))
+    if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)):
+        return "identity", {}
+    if isinstance(module, nn.Flatten):
+        return ("flatten", {}) if (module.start_dim, module.end_dim) == (1, -1) else ("other", {})
+    name = torch_name(node)
+    if name in ("add", "iadd", "add_"):
+        plain = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+        return ("add", {}) if plain and len(node.all_input_nodes) == 2 else ("other", {})
+    if name in ("cat", "concat"):
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        return ("concatenate", {"dim": dim}) if isinstance(node.args[0], (list, tuple)) else ("other", {})
+    if name == "flatten":
+        dims = (*node.args[1:], *node.kwargs.values())
+        return ("flatten", {}) if dims in ((1,), (1, -1)) else ("other", {})
+    if name in ("dropout", "contiguous", "detach", "clone"):  # the network evaluates
+        return "identity", {}
+    if name is not None and name.removeprefix("boolean_dispatch_").rstrip("123d") == "max_pool":
+        arguments = node.normalized_arguments(network, normalize_to_only_use_kwargs=True)
+        if arguments is not None and not arguments.kwargs.get("return_indices"):
+            return "max_pool", _window(arguments.kwargs, dims=int(name[-2]))
+    return "other", {}
+
+
+def _dims(module: nn.Module) -> int:
+    return int(type(module).__name__[-2])
+
+
+def _per_dim(value: object, dims: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
+
+
+def _window(settings: dict, dims: int) -> dict:
+    """Of a pooling module or function, under one set of names."""
+    kernel = _per_dim(settings["kernel_size"], dims)
+    stride = settings.get("stride")
+    return {
+        "kernel": kernel,
+        "stride": kernel if stride is None or stride == [] else _per_dim(stride, dims),
+        "padding": _per_dim(settings.get("padding", 0), dims),
+        "dilation": _per_dim(settings.get("dilation", 1), dims),
+        "ceil_mode": bool(settings.get("ceil_mode", False)),
+        "count_include_pad": bool(settings.get("count_include_pad", True)),
+    }
+
+
+def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
+    if isinstance(average, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
+        dims = _dims(average)
+        if _per_dim(average.output_size, dims) == (1,) * dims:
+            return "global_average", {"dims": tuple(range(2, 2 + dims)), "keepdim": True}
+        return "other", {}
+    if isinstance(average, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
+        window = _window(vars(average), _dims(average))
+        return ("average_pool", window) if getattr(average, "divisor_override", None) is None else ("other", {})
+    name, rest = average.function.__name__, node.args[1:]
+    if name.startswith("adaptive_avg_pool") and not node.kwargs:
+        dims = int(name[-2])
+        if _per_dim(rest[0], dims) == (1,) * dims:
+            return "global_average", {"dims": tuple(range(2, 2 + dims)), "keepdim": True}
+    if name == "mean":
+        dims = node.kwargs.get("dim", rest[0] if rest else None)
+        keepdim = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
+        dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        if dims and all(isinstance(d, int) for d in dims):
+            rank4 = tuple(sorted(d % 4 for d in dims))
+            if rank4 == (2, 3):
+                return "global_average", {"dims": rank4, "keepdim": keepdim}
+    return "other", {}
