@@ -212,7 +212,7 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
         ApotfxError: files that cannot be read at all.
     """
     path = Path(path)
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path / MANIFEST)
     weights = _read_file(path / WEIGHTS)
     if surplus := sorted({file.name for file in path.iterdir()} - {MANIFEST, WEIGHTS}):
         raise ApotfxError(
@@ -255,7 +255,8 @@ def _read_file(path: Path) -> bytes:
         ) from error
 
 
-def _read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
+    """The manifest in the file `path`, its checksum checked. Raises as `read_integer`."""
     content = _read_file(path)
     try:
         manifest = json.loads(content)

@@ -25,6 +25,7 @@ from apotfx.training.build import Network, is_quantized
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, eval_batches
 from apotfx.training.distributed import Processes
+from apotfx.training.exported import EXPORT, export_metadata
 from apotfx.training.loop import EVAL_BATCH_SIZE, Stopwatch, evaluate
 
 RUNS = Path("runs")
@@ -146,11 +147,12 @@ def report(
     }
     if run_dir is not None and processes.is_main:
         if is_quantized(model):
-            shutil.rmtree(run_dir / "integer", ignore_errors=True)  # of a run that was stopped before its result
+            shutil.rmtree(run_dir / EXPORT, ignore_errors=True)  # of a run that was stopped before its result
             with clock("export"):
-                export_integer(model, run_dir / "integer")
+                metadata = export_metadata(config, dataset, network.image_size)
+                export_integer(model, run_dir / EXPORT, metadata)
                 accuracy = verify_export(
-                    run_dir / "integer", model, network.float_model, dataset, network.image_size, device
+                    run_dir / EXPORT, model, network.float_model, dataset, network.image_size, device
                 )
             result["integer_test_acc"] = round(accuracy, 4)
         result["seconds_by_part"] = {part: round(seconds, 2) for part, seconds in clock.seconds.items()}

@@ -1,0 +1,98 @@
+"""A finished run's export, with what the tools that read it need to know about the network and its images."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx, nn
+
+from apotfx.engine import use_engine
+from apotfx.errors import ApotfxError
+from apotfx.integer.format import MANIFEST, read_manifest
+from apotfx.models import build_model
+from apotfx.rewrite import quantize
+from apotfx.training.checkpoint import load_state, read_checkpoint
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import Dataset
+
+EXPORT, BEST = "integer", "best.pt"
+
+
+def export_metadata(config: TrainConfig, dataset: Dataset, image_size: int) -> dict:
+    """What a manifest keeps of the run, so that an export alone says how to build and feed its network."""
+    return {
+        "arch": config.arch,
+        "dataset": dataset.name,
+        "in_channels": dataset.in_channels,
+        "num_classes": dataset.num_classes,
+        "dataset_image_size": dataset.image_size,
+        "image_size": image_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export on disk.
+
+    Attributes:
+        path: its directory.
+        metadata: what `export_metadata` gave.
+        float_model: a fresh network of the architecture, for `load_integer`.
+        best: the run's checkpoint that was exported; None where only the export is at hand.
+    """
+
+    path: Path
+    metadata: dict
+    float_model: nn.Module
+    best: Path | None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the normalized images that the network takes."""
+        return (self.metadata["in_channels"], self.metadata["image_size"], self.metadata["image_size"])
+
+    def quantized_model(self) -> fx.GraphModule | None:
+        """The trained network before its export, in evaluation mode; None without a checkpoint."""
+        if self.best is None:
+            return None
+        checkpoint = read_checkpoint(self.best)
+        if checkpoint.config is None:
+            raise ApotfxError(f"checkpoint {self.best}: is a published one; pass the run that made the export")
+        qmodel = quantize(self.float_model, checkpoint.config.bit_policy())
+        load_state(qmodel, checkpoint)
+        use_engine(qmodel)
+        return qmodel.eval()
+
+
+def open_export(path: str | os.PathLike) -> Exported:
+    """The export that a run wrote.
+
+    Args:
+        path: the run's directory, or its export (`integer/` in it, or a copy of that from elsewhere).
+
+    Raises:
+        ApotfxError: neither of them, or an export that does not say which network it is of.
+    """
+    path = Path(path)
+    if (path / EXPORT / MANIFEST).is_file():
+        path = path / EXPORT
+    elif not (path / MANIFEST).is_file():
+        raise ApotfxError(
+            f"{path}: no run with an export, and no export; expected {MANIFEST} or {EXPORT}/{MANIFEST} there"
+        )
+    metadata = read_manifest(path / MANIFEST)["metadata"]
+    missing = sorted({"arch", "in_channels", "num_classes", "dataset_image_size", "image_size"} - metadata.keys())
+    if missing:
+        raise ApotfxError(
+            f"{path / MANIFEST}: its metadata lack {missing[0]}; pass the export of a run of tools/train.py"
+        )
+    float_model, _ = build_model(
+        metadata["arch"],
+        in_channels=metadata["in_channels"],
+        num_classes=metadata["num_classes"],
+        image_size=metadata["dataset_image_size"],
+    )
+    best = path.parent / BEST
+    return Exported(path, metadata, float_model, best if best.is_file() else None)
