@@ -1,8 +1,11 @@
 """Writing files so that a crash or a full disk never destroys what was there before."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+from .errors import ApotfxError
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -29,4 +32,24 @@ def _write_and_rename(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
+        raise
+
+
+def require_new(path: Path) -> None:
+    """Raises: ApotfxError: there is something at `path`, where an export is to be written."""
+    if os.path.lexists(path):
+        raise ApotfxError(f"export {path}: exists already; choose a new directory or remove it")
+
+
+def write_directory(path: Path, files: dict[str, bytes]) -> None:
+    """Write `files`, contents by name, to a temporary directory beside `path`, which is new, and rename that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise

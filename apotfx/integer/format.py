@@ -2,35 +2,43 @@
 
 `weights.safetensors` holds, per quantized weight, bit-packed codes (`bits` each: the index of the level's
 magnitude, and the sign as the highest bit), and as float32 whatever is not quantized: biases, batch norms,
-float layers. `manifest.json` says what the codes mean. Nothing is pickled.
+float layers. `manifest.json` says what the codes mean; see manifest.schema.json. Nothing is pickled.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from apotfx.analysis import batch_norm_after
 from apotfx.errors import ApotfxError
-from apotfx.integer.codes import pack_codes, storage_dtype, unpack_codes
+from apotfx.files import require_new, write_directory
+from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.graph import describe_graph
+from apotfx.integer.manifest import (
+    CODES,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    WEIGHTS,
+    checksum,
+    describe_levels,
+    find_problem,
+    level_set_of,
+    read_file,
+    read_manifest,
+)
 from apotfx.layers import Geometry, QuantLayer
-from apotfx.levels import LevelSet
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
 
-FORMAT, VERSION = "apotfx-integer", 3
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-CODES = "weight_codes"
+MAX_HEADER_BYTES = 10**8  # of safetensors
 
 
 def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -41,11 +49,11 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
         metadata: JSON that goes into the manifest as it is, such as the name of the architecture.
 
     Raises:
-        ApotfxError: `path` exists, or `qmodel` is not a float32 model from `quantize`.
+        ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
+            a type that no export holds.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise ApotfxError(f"export {path}: exists already; choose a new directory or remove it")
+    require_new(path)
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers or not isinstance(qmodel, fx.GraphModule):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
@@ -64,14 +72,14 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": metadata or {},
+        "metadata": _as_json(metadata or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "layers": [_describe(name, layer, batch_norms.get(name)) for name, layer in layers.items()],
+        "layers": [_describe(name, layer, describe_batch_norms(qmodel).get(name)) for name, layer in layers.items()],
         "graph": describe_graph(qmodel),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
     manifest["manifest_sha256"] = _manifest_checksum(manifest)
-    _write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
+    write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
     return path
 
 
@@ -170,19 +178,6 @@ def _describe_tensor(tensor: Tensor) -> dict:
 def _manifest_checksum(manifest: dict) -> str:
     content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_directory(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
