@@ -2,7 +2,7 @@
 
 `weights.safetensors` holds, per quantized weight, bit-packed codes (`bits` each: the index of the level's
 magnitude, and the sign as the highest bit), and as float32 whatever is not quantized: biases, batch norms,
-float layers. `manifest.json` says what the codes mean; see manifest.schema.json. Nothing is pickled.
+float layers. `manifest.json` says what the codes mean. Nothing is pickled.
 """
 
 import hashlib
@@ -13,32 +13,23 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from apotfx.analysis import batch_norm_after
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
-from apotfx.integer.codes import pack_codes, unpack_codes
+from apotfx.integer.codes import pack_codes, storage_dtype, unpack_codes
 from apotfx.integer.graph import describe_graph
-from apotfx.integer.manifest import (
-    CODES,
-    FORMAT,
-    MANIFEST,
-    VERSION,
-    WEIGHTS,
-    checksum,
-    describe_levels,
-    find_problem,
-    level_set_of,
-    read_file,
-    read_manifest,
-)
 from apotfx.layers import Geometry, QuantLayer
+from apotfx.levels import LevelSet
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
 
-MAX_HEADER_BYTES = 10**8  # of safetensors
+FORMAT, VERSION = "apotfx-integer", 3
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+CODES = "weight_codes"
 
 
 def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -49,8 +40,7 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
         metadata: JSON that goes into the manifest as it is, such as the name of the architecture.
 
     Raises:
-        ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
-            a type that no export holds.
+        ApotfxError: `path` exists, or `qmodel` is not a float32 model from `quantize`.
     """
     path = Path(path)
     require_new(path)
@@ -72,9 +62,9 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": _as_json(metadata or {}),
+        "metadata": metadata or {},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "layers": [_describe(name, layer, describe_batch_norms(qmodel).get(name)) for name, layer in layers.items()],
+        "layers": [_describe(name, layer, batch_norms.get(name)) for name, layer in layers.items()],
         "graph": describe_graph(qmodel),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
