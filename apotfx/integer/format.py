@@ -2,7 +2,7 @@
 
 `weights.safetensors` holds, per quantized weight, bit-packed codes (`bits` each: the index of the level's
 magnitude, and the sign as the highest bit), and as float32 whatever is not quantized: biases, batch norms,
-float layers. `manifest.json` says what the codes mean. Nothing is pickled.
+float layers. `manifest.json` says what the codes mean; see manifest.schema.json. Nothing is pickled.
 """
 
 import hashlib
@@ -13,23 +13,32 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from apotfx.analysis import batch_norm_after
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
-from apotfx.integer.codes import pack_codes, storage_dtype, unpack_codes
+from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.graph import describe_graph
+from apotfx.integer.manifest import (
+    CODES,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    WEIGHTS,
+    checksum,
+    describe_levels,
+    find_problem,
+    level_set_of,
+    read_file,
+    read_manifest,
+)
 from apotfx.layers import Geometry, QuantLayer
-from apotfx.levels import LevelSet
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
 
-FORMAT, VERSION = "apotfx-integer", 3
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-CODES = "weight_codes"
+MAX_HEADER_BYTES = 10**8  # of safetensors
 
 
 def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -40,14 +49,16 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
         metadata: JSON that goes into the manifest as it is, such as the name of the architecture.
 
     Raises:
-        ApotfxError: `path` exists, or `qmodel` is not a float32 model from `quantize`.
+        ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
+            a type that no export holds.
     """
     path = Path(path)
     require_new(path)
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers or not isinstance(qmodel, fx.GraphModule):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
-    _require_finite(layers)
+    batch_norms = describe_batch_norms(qmodel)
+    _require_finite(layers, batch_norms)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in _float_state(qmodel, layers).items()}
     for name, tensor in tensors.items():
@@ -58,39 +69,51 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
             n, _ = layer.integer_weight()
             tensors[f"{name}.{CODES}"] = pack_codes(n.cpu(), layer.weight_quantizer.levels)
     weights = safetensors.torch.save(tensors)
-    batch_norms = _batch_norms(qmodel)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": metadata or {},
+        "metadata": _as_json(metadata or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "layers": [_describe(name, layer, batch_norms.get(name)) for name, layer in layers.items()],
         "graph": describe_graph(qmodel),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
-    manifest["manifest_sha256"] = _manifest_checksum(manifest)
+    manifest["manifest_sha256"] = checksum(manifest)
+    if problem := find_problem(manifest):
+        raise ApotfxError(f"export: {problem}")
     write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
     return path
 
 
-def _require_finite(layers: dict[str, QuantLayer]) -> None:
-    for name, layer in layers.items():
-        for key, tensor in layer.state_dict().items():
-            if not tensor.isfinite().all():
-                raise ApotfxError(f"export: {name}.{key} is not finite; the training diverged, export an earlier state")
+def _require_finite(layers: dict[str, QuantLayer], batch_norms: dict[str, dict]) -> None:
+    state = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
+    for described in batch_norms.values():
+        state |= {f"{described['name']}.{key}": torch.tensor(described[key]) for key in ("multiplier", "bias")}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ApotfxError(f"export: {name} is not finite; the training diverged, export an earlier state")
 
 
-def _float_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The state that stays in float: all but the quantized weights and the quantizers."""
-    replaced = set()
-    for name, layer in layers.items():
-        quantized = [] if getattr(layer, "weight_quantizer", None) is None else ["weight"]
-        quantized += [key for key in layer.state_dict() if key.startswith(("weight_quantizer.", "input_quantizer."))]
-        replaced |= {f"{name}.{key}" for key in quantized}
-    return {key: value for key, value in model.state_dict().items() if key not in replaced}
+def _as_json(metadata: dict) -> dict:
+    try:
+        return json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ApotfxError(
+            f"export: the metadata are not JSON ({error}); pass texts, finite numbers and such"
+        ) from error
 
 
-def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | None) -> dict:
+def _float_state(model: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
+    """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
+    kept = {f"{name}.bias" for name in layers}
+    kept |= {f"{name}.weight" for name, layer in layers.items() if layer.weight_quantizer is None}
+    return {
+        key: value for key, value in model.state_dict().items()
+        if key in kept or not key.startswith(tuple(f"{name}." for name in layers))
+    }  # fmt: skip
+
+
+def _describe(name: str, layer: QuantLayer, batch_norm: dict | None) -> dict:
     inputs, weights = layer.input_quantizer, layer.weight_quantizer
     entry = {
         "name": name,
@@ -102,9 +125,7 @@ def _describe(name: str, layer: QuantLayer, batch_norm: tuple[str, nn.Module] | 
     if weights is not None and inputs is not None:
         entry["accumulator_bound"] = accumulator_bound(layer.weight.shape, weights.levels.max, inputs.levels.max)
     if batch_norm is not None:
-        bn_name, bn = batch_norm
-        multiplier, offset = folded_batch_norm(bn)
-        entry["batch_norm"] = {"name": bn_name, "multiplier": multiplier.tolist(), "bias": offset.tolist()}
+        entry["batch_norm"] = batch_norm
     return entry
 
 
@@ -127,33 +148,25 @@ def structure_of(layer: nn.Module, float_type: type[nn.Module]) -> dict:
 
 
 def _describe_quantizer(quantizer: Quantizer, scale: Tensor) -> dict:
-    levels = quantizer.levels
-    return {
-        "scheme": levels.scheme,
-        "bits": levels.bits,
-        "signed": levels.signed,
-        "dtype": str(storage_dtype(levels)).removeprefix("torch."),
-        "levels": list(levels.ints),
-        "shift_add_terms": [list(terms) for terms in levels.shift_add_terms],
-        "clip": quantizer.used_clip.flatten().tolist(),
-        "scale": scale.flatten().tolist(),
-    }
+    clip, scale = (values.flatten().tolist() for values in (quantizer.used_clip, scale))
+    return describe_levels(quantizer.levels) | {"clip": clip, "scale": scale}
 
 
-def _batch_norms(qmodel: fx.GraphModule) -> dict[str, tuple[str, nn.Module]]:
-    """Per layer the batch norm that is its only consumer, by name."""
-    modules = dict(qmodel.named_modules())
+def describe_batch_norms(model: fx.GraphModule) -> dict[str, dict]:
+    """Per module the batch norm that is its only consumer, as the manifest has it."""
+    modules = dict(model.named_modules())
     found: dict[str, set[str | None]] = {}
-    for node in qmodel.graph.nodes:
+    for node in model.graph.nodes:
         if node.op == "call_module":
             found.setdefault(node.target, set()).add(batch_norm_after(node, modules))
     # A layer that is called several times may have several, or one after some of the calls only.
     single = {layer: names.pop() for layer, names in found.items() if len(names) == 1}
-    return {
-        layer: (name, modules[name])
-        for layer, name in single.items()
-        if name is not None and modules[name].running_var is not None
-    }
+    described = {}
+    for layer, name in single.items():
+        if name is not None and modules[name].running_var is not None:
+            multiplier, offset = folded_batch_norm(modules[name])
+            described[layer] = {"name": name, "multiplier": multiplier.tolist(), "bias": offset.tolist()}
+    return described
 
 
 def _describe_tensor(tensor: Tensor) -> dict:
@@ -163,11 +176,6 @@ def _describe_tensor(tensor: Tensor) -> dict:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _manifest_checksum(manifest: dict) -> str:
-    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
@@ -198,11 +206,8 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
     """
     path = Path(path)
     manifest = read_manifest(path / MANIFEST)
-    weights = _read_file(path / WEIGHTS)
-    if surplus := sorted({file.name for file in path.iterdir()} - {MANIFEST, WEIGHTS}):
-        raise ApotfxError(
-            f"{path / surplus[0]}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it"
-        )
+    weights = read_file(path / WEIGHTS, max_bytes=_data_bytes(manifest) + MAX_HEADER_BYTES)
+    _require_nothing_else(path)
     problems = []
     if hashlib.sha256(weights).hexdigest() != manifest["weights_sha256"]:
         problems.append(
@@ -210,8 +215,11 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
         )
     try:
         tensors = safetensors.torch.load(weights)
-    except SafetensorError as error:
-        raise ApotfxError(problems[0] if problems else f"{path / WEIGHTS}: not a safetensors file ({error})") from error
+    except Exception as error:  # besides its own, a KeyError for a type that torch lacks, and others
+        reason = " ".join(str(error).split())
+        raise ApotfxError(
+            problems[0] if problems else f"{path / WEIGHTS}: not a safetensors file ({reason}); export the model again"
+        ) from error
     found = {name: _describe_tensor(tensor) for name, tensor in tensors.items()}
     for name in sorted(found.keys() | manifest["tensors"].keys()):
         got, expected = (dict(described.get(name) or {}) for described in (found, manifest["tensors"]))
@@ -219,47 +227,40 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
         if got != expected:
             raise ApotfxError(
                 problems[0] if problems else
-                f"{path / WEIGHTS}: {name} is {got or 'absent'}, {MANIFEST} says {expected or 'absent'}"
+                f"{path / WEIGHTS}: {name if name.isprintable() else ascii(name)} is {got or 'absent'}, {MANIFEST} says "
+                f"{expected or 'absent'}; export the model again"
             )  # fmt: skip
         if altered:
             problems.append(f"{path / WEIGHTS}: {name} was altered (checksum); export the model again")
     for layer in manifest["layers"]:
-        if layer["weight"] is not None:
-            codes = tensors.pop(f"{layer['name']}.{CODES}")
-            levels = level_set_of(layer["weight"])
-            tensors[f"{layer['name']}.weight"] = unpack_codes(codes, levels, torch.Size(layer["shape"]))
+        problems += [f"{path / WEIGHTS}: {problem}" for problem in _unpack_layer(layer, tensors)]
     return manifest, tensors, problems
 
 
-def _read_file(path: Path) -> bytes:
+def _data_bytes(manifest: dict) -> int:
+    return sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in manifest["tensors"].values())
+
+
+def _require_nothing_else(path: Path) -> None:
     try:
-        return path.read_bytes()
+        surplus = sorted({file.name for file in path.iterdir()} - {MANIFEST, WEIGHTS})
     except OSError as error:
+        raise ApotfxError(f"{path}: cannot be listed ({error.strerror}); allow it to be read") from error
+    if surplus:
         raise ApotfxError(
-            f"{path}: cannot be read ({error.strerror}); pass a directory that export_integer wrote"
-        ) from error
-
-
-def read_manifest(path: Path) -> dict:
-    """The manifest in the file `path`, its checksum checked. Raises as `read_integer`."""
-    content = _read_file(path)
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:
-        raise ApotfxError(f"{path}: not JSON ({error}); it was altered or truncated") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ApotfxError(f"{path}: not the manifest of an integer export (format {FORMAT})")
-    if manifest.get("version") != VERSION:
-        raise ApotfxError(
-            f"{path}: format version {manifest.get('version')}, expected {VERSION}; export the model again"
+            f"{path / surplus[0]}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it"
         )
-    if manifest.get("manifest_sha256") != _manifest_checksum(manifest):
-        raise ApotfxError(f"{path}: was altered (checksum); export the model again")
-    return manifest
 
 
-def level_set_of(entry: dict) -> LevelSet:
-    levels = LevelSet(entry["scheme"], entry["bits"], entry["signed"])
-    if list(levels.ints) != entry["levels"]:
-        raise ApotfxError(f"{MANIFEST}: the levels of {levels} are {list(levels.ints)}, got {entry['levels']}")
-    return levels
+def _unpack_layer(layer: dict, tensors: dict[str, Tensor]) -> list[str]:
+    """Put the levels of a layer's weight in place of its codes; returns what is wrong with its tensors, a line each."""
+    name, problems = layer["name"], []
+    if layer["weight"] is not None:
+        codes, levels = tensors.pop(f"{name}.{CODES}"), level_set_of(layer["weight"])
+        n = tensors[f"{name}.weight"] = unpack_codes(codes, levels, torch.Size(layer["shape"]))
+        if not torch.equal(pack_codes(n, levels), codes):
+            problems.append(f"{name}.{CODES} sets unused bits or the sign of a zero; export the model again")
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key in tensors and not tensors[key].isfinite().all():
+            problems.append(f"{key} is not finite; export the model again")
+    return problems

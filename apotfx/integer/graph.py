@@ -1,6 +1,7 @@
 """What a traced network computes, as plain data, so that an export is loaded into no other network."""
 
 import json
+import math
 import os
 
 from torch import fx, nn
@@ -21,7 +22,7 @@ def describe_graph(graph_module: fx.GraphModule) -> list[dict]:
         if node.op == "call_module":
             entry["type"], entry["settings"] = _describe_module(modules[node.target])
         nodes.append(entry)
-    return json.loads(json.dumps(nodes))  # as it will be read: lists for tuples
+    return json.loads(json.dumps(nodes, default=str))  # as it will be read: lists for tuples
 
 
 def _describe_module(module: nn.Module) -> tuple[str, dict]:
@@ -33,7 +34,8 @@ def _describe_module(module: nn.Module) -> tuple[str, dict]:
     kind = BATCH_NORMS if isinstance(module, BATCH_NORMS) else type(module)  # a synchronized one computes the same
     plain = (bool, int, float, str, tuple, type(None))
     settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
-    return kind.__name__, settings
+    # JSON has no infinity.
+    return kind.__name__, {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
 
 
 def require_same_graph(manifest: dict, found: list[dict], path: str | os.PathLike) -> None:

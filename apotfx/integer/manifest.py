@@ -1,0 +1,250 @@
+"""`manifest.json`, which says what an export's tensors mean: read, and checked before anything is made of it.
+
+manifest.schema.json documents the keys. A checksum finds accidents; everything else here finds a manifest that was
+written by other means, whose checksum may well be right.
+"""
+
+import hashlib
+import json
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jsonschema import Draft202012Validator, ValidationError, validators
+
+from apotfx.errors import ApotfxError
+from apotfx.integer.codes import storage_dtype
+from apotfx.levels import LevelSet
+from apotfx.operators import accumulator_bound
+
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+CODES = "weight_codes"
+SCHEMA = json.loads(Path(__file__).with_name("manifest.schema.json").read_text())
+FORMAT, VERSION = (SCHEMA["properties"][key]["const"] for key in ("format", "version"))
+MAX_BYTES = 2**28
+
+Place = tuple[str | int, ...]  # keys and indices, from the outermost on
+
+
+def checksum(manifest: dict) -> str:
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def describe_levels(levels: LevelSet) -> dict:
+    return {
+        "scheme": levels.scheme,
+        "bits": levels.bits,
+        "signed": levels.signed,
+        "dtype": str(storage_dtype(levels)).removeprefix("torch."),
+        "levels": list(levels.ints),
+        "shift_add_terms": [list(terms) for terms in levels.shift_add_terms],
+    }
+
+
+def level_set_of(quantizer: dict) -> LevelSet:
+    return LevelSet(quantizer["scheme"], quantizer["bits"], quantizer["signed"])
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Raises: ApotfxError: not a regular file of at most `max_bytes` that can be read."""
+    fix = "pass a directory that export_integer wrote"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise ApotfxError(f"{path}: is not a file; {fix}")
+        if status.st_size > max_bytes:
+            raise ApotfxError(f"{path}: has {status.st_size} bytes, expected at most {max_bytes}; {fix}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ApotfxError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest in the file `path`, checked.
+
+    Raises:
+        ApotfxError: not a manifest, of another format version, altered, or one that contradicts itself.
+    """
+    content = read_file(path, MAX_BYTES)
+    try:
+        manifest = json.loads(content, object_pairs_hook=_unique_keys)
+        refusal = _refusal(manifest)
+    except RecursionError:
+        refusal = "nested too deeply; it was altered"
+    except ValueError as error:
+        refusal = f"not JSON ({error}); it was altered or truncated"
+    if refusal:
+        raise ApotfxError(f"{path}: {refusal}")
+    return manifest
+
+
+def _refusal(manifest: object) -> str | None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return f"not the manifest of an integer export (format {FORMAT})"
+    again = "export the model again"
+    if manifest.get("version") != VERSION:
+        return f"format version {_as_text(manifest.get('version'))}, expected {VERSION}; {again}"
+    if manifest.get("manifest_sha256") != checksum(manifest):
+        return f"was altered (checksum); {again}"
+    problem = find_problem(manifest)
+    return problem and f"{problem}; {again}"
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return unique
+
+
+def find_problem(manifest: dict) -> str | None:
+    """The first thing in a manifest that cannot be, checksums aside; None if there is none."""
+    if error := next(_VALIDATOR.iter_errors(manifest), None):
+        return _explain(error, manifest)
+    place, expected = next(_contradictions(manifest), ((), ""))
+    return _differs(manifest, place, expected) if place else None
+
+
+# By the schema.
+
+
+def _is_number(_, x: object) -> bool:
+    return type(x) is int and abs(x) < 2**63 or type(x) is float and math.isfinite(x)
+
+
+_VALIDATOR = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many({
+        "integer": lambda _, x: type(x) is int,
+        "number": _is_number,
+        "string": lambda _, x: isinstance(x, str) and x.isprintable(),
+    }),
+)(SCHEMA)  # fmt: skip
+
+
+def _explain(error: ValidationError, manifest: dict) -> str:
+    place = tuple(error.absolute_path)
+    if error.validator == "required":
+        return _differs(manifest, (*place, next(key for key in error.validator_value if key not in error.instance)))
+    if error.validator == "additionalProperties":
+        unknown = min(error.instance.keys() - error.schema["properties"].keys())
+        return _differs(manifest, (*place, unknown), "no such key")
+    return _differs(manifest, place, error.schema["description"])
+
+
+def _differs(manifest: dict, place: Place, expected: str = "it to be there") -> str:
+    got: object = manifest
+    for key in place:
+        got = got[key] if isinstance(got, list) or key in got else _ABSENT
+    text = "".join(
+        f"[{key}]" if isinstance(key, int) else f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
+        for key in place
+    ).removeprefix(".")
+    name = manifest["layers"][place[1]].get("name") if place[:1] == ("layers",) and len(place) > 1 else None
+    layer = f" (layer {name})" if isinstance(name, str) and name.isprintable() else ""
+    return f"{text}{layer} is {_as_text(got)}, expected {expected}"
+
+
+_ABSENT = object()
+
+
+def _as_text(value: object) -> str:
+    text = "absent" if value is _ABSENT else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# What no schema can say.
+
+
+def _contradictions(manifest: dict) -> Iterator[tuple[Place, str]]:
+    """(where, what was expected there), in an order in which each check relies on those before it."""
+    names = set()
+    for i, layer in enumerate(manifest["layers"]):
+        if layer["name"] in names:
+            yield ("layers", i, "name"), "a name that no other layer has"
+        names.add(layer["name"])
+        yield from _wrong_geometry(("layers", i), layer)
+        yield from _wrong_tensors(layer, manifest["tensors"])
+        for key in ("weight", "input"):
+            if layer[key] is not None:
+                yield from _wrong_quantizer(("layers", i, key), layer[key], channels=layer["shape"][0])
+        bound = None
+        if layer["weight"] and layer["input"]:
+            largest = (layer[key]["levels"][-1] for key in ("weight", "input"))
+            bound = accumulator_bound(torch.Size(layer["shape"]), *largest)
+        if layer.get("accumulator_bound") != bound:
+            yield ("layers", i, "accumulator_bound"), "it to be absent" if bound is None else str(bound)
+        for key in ("multiplier", "bias") if "batch_norm" in layer else ():
+            yield from _wrong_floats(("layers", i, "batch_norm", key), layer["batch_norm"][key])
+
+
+def _wrong_geometry(place: Place, layer: dict) -> Iterator[tuple[Place, str]]:
+    if layer["type"] == "Linear":
+        return
+    dims = int(layer["type"][-2])
+    if len(layer["shape"]) != dims + 2:
+        yield (*place, "shape"), f"{dims + 2} sizes"
+    for key in ("stride", "padding", "dilation"):
+        if len(layer["operator"][key]) != dims:
+            yield (*place, "operator", key), f"{dims} integers"
+    if layer["shape"][0] % layer["operator"]["groups"]:
+        yield (*place, "operator", "groups"), f"a divisor of the {layer['shape'][0]} output channels"
+    if len(layer["pad"]) not in (0, 2 * dims):
+        yield (*place, "pad"), f"none or {2 * dims} integers"
+
+
+def _wrong_tensors(layer: dict, tensors: dict) -> Iterator[tuple[Place, str]]:
+    """Compares sizes before anything is allocated."""
+    name, shape = layer["name"], layer["shape"]
+    expected = {f"{name}.bias": ([shape[0]], "float32")} if layer["bias"] else {}
+    if layer["weight"] is None:
+        expected[f"{name}.weight"] = (shape, "float32")
+    else:
+        expected[f"{name}.{CODES}"] = ([-(-math.prod(shape) * layer["weight"]["bits"] // 8)], "uint8")
+    for key in expected | {key: None for key in tensors if key.rpartition(".")[0] == name}:
+        if key not in expected or key not in tensors:
+            yield ("tensors", key), "it to be there" if key in expected else "no such tensor of a layer"
+        for part, value in zip(("shape", "dtype"), expected[key]):
+            if tensors[key][part] != value:
+                yield ("tensors", key, part), json.dumps(value)
+
+
+def _wrong_quantizer(place: Place, quantizer: dict, channels: int) -> Iterator[tuple[Place, str]]:
+    try:
+        levels = level_set_of(quantizer)
+    except ApotfxError as error:
+        yield (*place, "bits"), f"levels that exist ({error})"
+        return
+    yield from _difference(place, quantizer, describe_levels(levels))
+    for key in ("clip", "scale"):
+        if len(quantizer[key]) not in (1, channels):
+            yield (*place, key), f"1 or {channels} numbers"
+        yield from _wrong_floats((*place, key), quantizer[key])
+    if len(quantizer["clip"]) != len(quantizer["scale"]):
+        yield (*place, "clip"), f"as many numbers as scale has, which is {len(quantizer['scale'])}"
+    if place[-1] == "input":
+        step = (torch.tensor(quantizer["clip"]) / levels.max).tolist()
+        yield from _difference((*place, "scale"), quantizer["scale"], step)
+
+
+def _wrong_floats(place: Place, values: list) -> Iterator[tuple[Place, str]]:
+    rounded = torch.tensor(values, dtype=torch.float32).tolist()
+    for i in range(len(values)):
+        if values[i] != rounded[i]:
+            yield (*place, i), "a number that float32 holds"
+
+
+def _difference(place: Place, got: object, expected: object) -> Iterator[tuple[Place, str]]:
+    """Of plain data; an object that was got may have more keys."""
+    if isinstance(expected, dict):
+        for key in expected:
+            yield from _difference((*place, key), got[key], expected[key])
+    elif isinstance(expected, list) and isinstance(got, list) and len(got) == len(expected):
+        for i in range(len(expected)):
+            yield from _difference((*place, i), got[i], expected[i])
+    elif repr(got) != repr(expected):  # 1, 1.0 and True are not the same here
+        yield place, _as_text(expected)
