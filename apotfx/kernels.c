@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define BLOCK 4096 /* floats; with what is written to, half of a first-level cache */
 #define MIN_CLIP 1e-8f
@@ -130,4 +131,127 @@ void standard_deviation(const float *restrict x, int64_t n, double *restrict sum
     }
     const double variance = (squares - sum * sum / (double)n) / (double)(n > 1 ? n - 1 : 1);
     *result = variance < (double)MIN_CLIP * MIN_CLIP ? MIN_CLIP : (float)sqrt(variance); /* NaN stays */
+}
+
+/* What lies between two integer layers, in inference: x = clamp(term[0] + term[1], low, high), where a term is one value
+   per channel and position, (value + bias) * multiplier + offset, each operation rounded. x goes out as floats, as bytes
+   of levels for any number of encoders, or both. */
+#define PIECE 1024 /* floats that are worked on at a time */
+
+typedef struct {
+    const float *bias, *multiplier, *offset; /* [channels + PIECE], repeating; or NULL; the last two go together */
+} Term;
+
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+
+typedef struct {
+    float low, high, by, bottom, top; /* as in ENCODE */
+    int32_t zero_point;
+    int32_t is_uniform;              /* the levels are all integers from 0 or -max on */
+    int32_t num_steps;               /* 0 where the table is looked up instead */
+    const uint8_t *start, *step;     /* [num_steps]: the positions, from bottom on, where the level rises, and by how much */
+    const int32_t *table;            /* the encoding table, plus the zero point */
+} Encoder;
+
+typedef struct {
+    int64_t channels;
+    Term term[2];
+    float low, high;
+    int32_t num_encoders;
+    const Encoder *encoder;
+} Pointwise;
+
+static inline void add_term(const Term *t, const float *restrict from, float *restrict v, int64_t channel,
+                            int64_t count, int first) {
+    float own[PIECE];
+    float *restrict x = first ? v : own;
+    const float *restrict bias = t->bias + channel, *restrict multiplier = t->multiplier + channel;
+    const float *restrict offset = t->offset + channel;
+    if (t->bias)
+        for (int64_t i = 0; i < count; i++) x[i] = from[i] + bias[i];
+    else
+        for (int64_t i = 0; i < count; i++) x[i] = from[i];
+    if (t->multiplier)
+        for (int64_t i = 0; i < count; i++) x[i] = x[i] * multiplier[i] + offset[i];
+    if (!first)
+        for (int64_t i = 0; i < count; i++) v[i] += x[i];
+}
+
+/* A table of few levels is a sum of steps, which many bytes take at once. */
+static void encode_piece(const Encoder *c, const float *restrict v, uint8_t *restrict to, int64_t count) {
+    const float low = c->low, high = c->high, by = c->by, bottom = c->bottom, top = c->top;
+    const int32_t zero_point = c->zero_point, first = (int32_t)bottom;
+    const int32_t *restrict table = c->table - first;
+    if (c->is_uniform) {
+        for (int64_t i = 0; i < count; i++) {
+            const int32_t position = (int32_t)clamp(clamp(v[i], low, high) * by, bottom, top);
+            to[i] = (uint8_t)(((position + (position >= 0)) >> 1) + zero_point);
+        }
+    } else if (c->num_steps) {
+        Bytes position[PIECE / sizeof(Bytes)];
+        uint8_t *restrict bytes = (uint8_t *)position;
+        for (int64_t i = 0; i < count; i++)
+            bytes[i] = (uint8_t)((int32_t)clamp(clamp(v[i], low, high) * by, bottom, top) - first);
+        for (int64_t i = 0; i * (int64_t)sizeof(Bytes) < count; i++) {
+            Bytes level = {0};
+            for (int32_t k = 0; k < c->num_steps; k++) level += (Bytes)(position[i] >= c->start[k]) & c->step[k];
+            position[i] = level + (uint8_t)table[first];
+        }
+        memcpy(to, position, (size_t)count);
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            to[i] = (uint8_t)table[(int32_t)clamp(clamp(v[i], low, high) * by, bottom, top)];
+    }
+}
+
+/* Channels are innermost in memory. `b` and `out` may be NULL. Returns whether any x is NaN. */
+int pointwise(const Pointwise *p, int64_t n, const float *a, const float *b, float *out, uint8_t *const *codes) {
+    const float low = p->low, high = p->high;
+    int nan = 0;
+#pragma omp parallel for schedule(static) reduction(| : nan) if (n > 4 * BLOCK)
+    for (int64_t start = 0; start < n; start += PIECE) {
+        const int64_t count = n - start < PIECE ? n - start : PIECE, channel = start % p->channels;
+        float own[PIECE];
+        float *restrict v = out ? out + start : own;
+        int32_t bad = 0;
+        add_term(&p->term[0], a + start, v, channel, count, 1);
+        if (b) add_term(&p->term[1], b + start, v, channel, count, 0);
+#pragma omp simd reduction(| : bad)
+        for (int64_t i = 0; i < count; i++) {
+            bad |= v[i] != v[i];
+            v[i] = clamp(v[i], low, high);
+        }
+        nan |= bad;
+        for (int32_t e = 0; e < p->num_encoders; e++) encode_piece(&p->encoder[e], v, codes[e] + start, count);
+    }
+    return nan;
+}
+
+typedef struct {
+    int64_t images, height, width, channels, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+} Window;
+
+/* The largest value in every window, channels innermost in memory; every window must meet the image. */
+void max_pool(const Window *s, const float *x, float *out) {
+    const int64_t channels = s->channels;
+#pragma omp parallel for schedule(static) if (s->images * s->out_height > 4)
+    for (int64_t row = 0; row < s->images * s->out_height; row++) {
+        const int64_t top = row % s->out_height * s->stride[0] - s->padding[0];
+        const float *image = x + row / s->out_height * s->height * s->width * channels;
+        for (int64_t column = 0; column < s->out_width; column++) {
+            const int64_t left = column * s->stride[1] - s->padding[1];
+            float *restrict to = out + (row * s->out_width + column) * channels;
+            for (int64_t c = 0; c < channels; c++) to[c] = -INFINITY;
+            for (int64_t i = 0; i < s->kernel[0]; i++) {
+                const int64_t y = top + i * s->dilation[0];
+                for (int64_t j = 0; j < s->kernel[1]; j++) {
+                    const int64_t z = left + j * s->dilation[1];
+                    if (y < 0 || y >= s->height || z < 0 || z >= s->width) continue;
+                    const float *restrict from = image + (y * s->width + z) * channels;
+                    for (int64_t c = 0; c < channels; c++) to[c] = from[c] > to[c] ? from[c] : to[c];
+                }
+            }
+        }
+    }
 }

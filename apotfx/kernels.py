@@ -4,24 +4,29 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .errors import ApotfxError
 from .files import write_atomic
-from .functional import Operand, is_dense
+from .functional import Levels, Operand, is_dense
 from .levels import LevelSet
 
+Pair = tuple[int, int]
 SOURCE = Path(__file__).with_name("kernels.c")
-BLOCK = 4096  # as in kernels.c
+BLOCK, PIECE = 4096, 1024  # as in kernels.c
 # Without contraction (fused multiply-add), which would change the last bit.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
@@ -36,6 +41,31 @@ class _Operand(ctypes.Structure):
         ("table", c_void_p), ("max", c_int32), ("is_signed", c_int32), ("rectified", c_int32),
         ("low", c_float), ("high", c_float),
     ]  # fmt: skip
+
+
+class _Term(ctypes.Structure):
+    _fields_ = [("bias", c_void_p), ("multiplier", c_void_p), ("offset", c_void_p)]
+
+
+class _Encoder(ctypes.Structure):
+    _fields_ = [
+        ("low", c_float), ("high", c_float), ("by", c_float), ("bottom", c_float), ("top", c_float),
+        ("zero_point", c_int32), ("is_uniform", c_int32), ("num_steps", c_int32),
+        ("start", c_void_p), ("step", c_void_p), ("table", c_void_p),
+    ]  # fmt: skip
+
+
+class _Pointwise(ctypes.Structure):
+    _fields_ = [
+        ("channels", c_int64), ("term", _Term * 2), ("low", c_float), ("high", c_float),
+        ("num_encoders", c_int32), ("encoder", c_void_p),
+    ]  # fmt: skip
+
+
+class _Window(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("images", "height", "width", "channels", "out_height", "out_width")] + [
+        (name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")
+    ]
 
 
 class Unavailable(Exception):
@@ -122,6 +152,8 @@ def _load(path: Path) -> ctypes.CDLL:
         (loaded.encode_byte, c_int, [operand, c_void_p, c_void_p]),
         (loaded.gradient, None, [operand, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]),
         (loaded.standard_deviation, None, [c_void_p, c_int64, c_void_p, c_void_p]),
+        (loaded.pointwise, c_int, [POINTER(_Pointwise), c_int64, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),
+        (loaded.max_pool, None, [POINTER(_Window), c_void_p, c_void_p]),
     ):
         function.argtypes, function.restype = arguments, result
     return loaded
@@ -211,6 +243,91 @@ def standard_deviation(x: Tensor) -> Tensor:
     result = torch.empty((), dtype=torch.float32)
     library().standard_deviation(x.data_ptr(), x.numel(), sums.data_ptr(), result.data_ptr())
     return result
+
+
+class Term(NamedTuple):
+    """A summand of `pointwise`: (value + bias) * multiplier + offset, each float32 [C] or None; the last two together."""
+
+    bias: Tensor | None = None
+    multiplier: Tensor | None = None
+    offset: Tensor | None = None
+
+
+class Encoder(NamedTuple):
+    """How `pointwise` encodes: as `encode_bytes`, with a clip of shape []."""
+
+    clip: Tensor
+    levels: Levels
+    zero_point: int
+
+
+def pointwise(
+    terms: Sequence[Term], low: float, high: float, encoders: Sequence[Encoder], *, keep_float: bool
+) -> Callable[..., list[Tensor]]:
+    """What lies between two integer layers, in one pass: `x = clamp(sum of terms, low, high)`, then encoded.
+
+    Returns:
+        A function of one float32 tensor per term (one or two), whose channels are innermost in memory and whose
+        strides are equal. It returns x, if `keep_float`, and the levels plus zero point for every encoder, uint8.
+
+    Raises (the function):
+        ApotfxError: x has NaN.
+    """
+    channels = next((len(part) for term in terms for part in term if part is not None), 1)
+    repeats = -(-PIECE // channels) + 1
+    alive = [[None if part is None else part.repeat(repeats) for part in term] for term in terms]
+    array = (_Encoder * max(len(encoders), 1))(*map(_describe_encoder, encoders))
+    settings = _Pointwise(
+        channels, (_Term * 2)(*(_Term(*map(_pointer, term)) for term in alive)), low, high, len(encoders),
+        ctypes.addressof(array),
+    )  # fmt: skip
+    reference, call, num_codes = ctypes.byref(settings), library().pointwise, len(encoders)
+    kept = (alive, array)  # as long as the function lives
+
+    def run(a: Tensor, b: Tensor | None = None) -> list[Tensor]:
+        out = torch.empty_like(a) if keep_float else None
+        codes = [torch.empty_like(a, dtype=torch.uint8) for _ in range(num_codes)]
+        pointers = (c_void_p * (num_codes or 1))(*[code.data_ptr() for code in codes])
+        if call(reference, a.numel(), a.data_ptr(), _pointer(b), _pointer(out), pointers) and kept:
+            raise ApotfxError("integer network: its input has NaN, or numbers so large that they become NaN")
+        return [out, *codes] if keep_float else codes
+
+    return run
+
+
+def _describe_encoder(encoder: Encoder) -> _Encoder:
+    levels, zero_point = encoder.levels, encoder.zero_point
+    low, high = levels.rectifier or (-math.inf, math.inf)
+    by = (2 * levels.max / encoder.clip).item()  # as functional.encode has it
+    starts, steps = _steps(levels.set)
+    (table,) = _byte_tables(levels.set, zero_point)
+    return _Encoder(
+        low, high, by, 2 * levels.min, 2 * levels.max, zero_point, levels.set.scheme == "uniform", len(starts),
+        starts.data_ptr(), steps.data_ptr(), table.data_ptr(),
+    )  # fmt: skip
+
+
+@functools.cache
+def _steps(level_set: LevelSet) -> tuple[Tensor, Tensor]:
+    """uint8 (entries of the encoding table that differ from the one before, by how much); none if they are too many."""
+    table = torch.tensor(level_set.encoding_table)
+    steps = table.diff()
+    starts = steps.nonzero().flatten() + 1
+    if len(table) > 256 or len(starts) > 32:
+        starts = starts[:0]
+    return starts.to(torch.uint8), steps[starts - 1].to(torch.uint8)
+
+
+def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`torch.nn.functional.max_pool2d` of a float32 x [N, C, H, W] without NaN, in channels-last format, as the result."""
+    images, channels, *sizes = x.shape
+    out_sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation)
+    ]
+    out = x.new_empty((images, channels, *out_sizes)).contiguous(memory_format=torch.channels_last)
+    pairs = [(c_int64 * 2)(*pair) for pair in (kernel, stride, padding, dilation)]
+    library().max_pool(_Window(images, *sizes, channels, *out_sizes, *pairs), x.data_ptr(), out.data_ptr())
+    return out
 
 
 def fits_byte(level_set: LevelSet) -> bool:

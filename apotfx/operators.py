@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,13 +65,19 @@ class Convolution(NamedTuple):
         Returns:
             float32 [N, C_out, H', W'] in channels-last format.
         """
-        convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
-        stride, padding, dilation, groups = convolution
+        return self.pack_bytes(x.shape, zero_point, w, scale)(x)
+
+    def pack_bytes(
+        self, shape: torch.Size, zero_point: int, w: Tensor, scale: Tensor, often: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """`forward_bytes` for inputs of `shape`, with w in the layout that oneDNN takes, chosen for them if `often`."""
+        (stride, padding, dilation, groups), taps = without_idle_taps(self, shape[2:], w.shape[2:])
         packed = torch.ops.onednn.qconv_prepack(
-            w[taps] if taps else w, scale, 1.0, zero_point, stride, padding, dilation, groups, None
+            w[taps] if taps else w, scale, 1.0, zero_point, stride, padding, dilation, groups, shape if often else None
         )
-        return torch.ops.onednn.qconv2d_pointwise(
-            x, 1.0, zero_point, packed, scale, _zeros(len(scale)), None, stride, padding, dilation, groups,
+        zeros, run = _zeros(len(scale)), torch.ops.onednn.qconv2d_pointwise.default
+        return lambda x: run(
+            x, 1.0, zero_point, packed, scale, zeros, None, stride, padding, dilation, groups,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
@@ -139,12 +146,22 @@ class MatrixProduct(NamedTuple):
 
     def forward_bytes(self, x: Tensor, zero_point: int, w: Tensor, scale: Tensor) -> Tensor:
         """`scale * ((x - zero_point) @ w.T)`, as `Convolution.forward_bytes`: x uint8 [..., C_in], w int8 [C_out, C_in]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # other strides give wrong results
-        packed = torch.ops.onednn.qlinear_prepack(w.contiguous(), list(rows.shape))
-        y = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, zero_point, packed, scale, _zeros(len(scale)), None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y.reshape(*x.shape[:-1], w.shape[0])
+        return self.pack_bytes(x.shape, zero_point, w, scale)(x)
+
+    def pack_bytes(
+        self, shape: torch.Size, zero_point: int, w: Tensor, scale: Tensor, often: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """As `Convolution.pack_bytes`."""
+        rows = [shape[:-1].numel(), shape[-1]]
+        packed = torch.ops.onednn.qlinear_prepack(w.contiguous(), rows)
+        zeros, run = _zeros(len(scale)), torch.ops.onednn.qlinear_pointwise.default
+
+        def multiply(x: Tensor) -> Tensor:
+            x = x.reshape(rows).contiguous()  # other strides give wrong results
+            y = run(x, 1.0, zero_point, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+            return y.reshape(*shape[:-1], len(w))
+
+        return multiply
 
 
 Operator = Convolution | MatrixProduct

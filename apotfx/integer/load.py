@@ -1,7 +1,6 @@
 """An export and the float model it came from, put together to a network that computes on integers."""
 
 import copy
-import math
 import os
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor, fx, nn
 from apotfx.analysis import has_hooks
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
-from apotfx.integer.format import MANIFEST, describe_rectifier, level_set_of, read_integer, structure_of
+from apotfx.integer.format import describe_batch_norms, describe_rectifier, read_integer, structure_of
 from apotfx.integer.graph import describe_graph, require_same_graph
 from apotfx.integer.layers import Affine, IntegerLayer
-from apotfx.integer.onednn import fuse, what_onednn_lacks
+from apotfx.integer.manifest import WEIGHTS, level_set_of
+from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import QUANT_LAYERS, Geometry
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
 from apotfx.rewrite import absorb_rectifiers, make_reproducible, swap_layers, trace
@@ -46,7 +46,7 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module, backend: str =
     if backend == "onednn":
         lacking = what_onednn_lacks(imodel)
         if lacking is None:
-            return fuse(imodel)
+            return ByteNetwork(imodel)
         say_once(f"backend onednn: {lacking}; the integer network runs as reference, which is slower")
     return imodel
 
@@ -76,15 +76,26 @@ def assemble(
     state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name in sorted(state.keys() | stored.keys()):
-        expected, got = (tuple(d[name].shape) if name in d else "absent" for d in (state, stored))
+        expected, got = (_shape_and_dtype(d.get(name)) for d in (state, stored))
         if expected != got:
             raise ApotfxError(
-                f"export {path}: {name} is {got}, the model has {expected}; pass the model that was exported"
+                f"export {path}: {name} is {got}, the model has {expected}; pass the float model that was exported"
             )
     require_same_graph(manifest, graph, path)
     imodel.load_state_dict(stored, strict=False)
+    batch_norms = describe_batch_norms(imodel)
+    for entry in manifest["layers"]:
+        if entry.get("batch_norm") != batch_norms.get(entry["name"]):
+            raise ApotfxError(
+                f"export {path}: the batch norm behind layer {entry['name']} is not what {WEIGHTS} and the model make "
+                "it; export the model again"
+            )
     _freeze_batch_norms(imodel.eval().requires_grad_(False))
     return imodel
+
+
+def _shape_and_dtype(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _freeze_batch_norms(imodel: fx.GraphModule) -> None:
@@ -112,13 +123,6 @@ def _integer_layer(
 ) -> IntegerLayer:
     name, device = entry["name"], layer.weight.device
     weight, inputs = entry["weight"], entry["input"]
-    channels = entry["shape"][0]
-    for kind, quantizer in (("weight", weight), ("input", inputs)):
-        for key, values in ({} if quantizer is None else {k: quantizer[k] for k in ("clip", "scale")}).items():
-            if len(values) not in (1, channels) or not all(0 < value < math.inf for value in values):
-                raise ApotfxError(
-                    f"{MANIFEST}: layer {name} has the {kind} {key} {values}, expected 1 or {channels} numbers above 0"
-                )
     levels = tensors[f"{name}.weight"]
     scale_shape = () if weight is None or len(weight["scale"]) == 1 else (-1,) + (1,) * (len(entry["shape"]) - 1)
     integer_layer = IntegerLayer(

@@ -1,6 +1,361 @@
-def what_onednn_lacks(imodel):
-    return "not written yet"
+"""The integer network on 8-bit arithmetic: oneDNN's convolutions, and one pass over memory between two of them.
+
+A layer takes bytes of levels and returns its accumulators times their scale. Biases, batch norms, ReLUs, residual
+additions and the next layers' encoders between them are gathered into one `Pointwise` operation, which computes them in
+the order and with the roundings of the reference network, so that the results are the same bits.
+"""
+
+import math
+import operator
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from apotfx import kernels
+from apotfx.analysis import has_hooks
+from apotfx.engine import what_bytes_lack, what_kernels_lack
+from apotfx.errors import ApotfxError
+from apotfx.integer.layers import IntegerLayer
+from apotfx.integer.operations import Operation, operations
+from apotfx.kernels import Encoder, Term
+from apotfx.operators import Convolution
+
+SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them
+CACHED_FLOATS = 2**21  # of one activation; beyond the caches, memory is what a network waits for
 
 
-def fuse(imodel):
-    return imodel
+def what_onednn_lacks(network: fx.GraphModule) -> str | None:
+    """Why `network` cannot run on oneDNN's 8-bit operators here; None if it can."""
+    if not any(_takes_bytes(module) for module in network.modules()):
+        return "no layer of the network fits 8-bit arithmetic"
+    if any(tensor.device.type != "cpu" for tensor in network.buffers()):
+        return "the network is not on the CPU"
+    return what_bytes_lack() or what_kernels_lack()
+
+
+def _takes_bytes(module: nn.Module | None) -> bool:
+    """Whether a layer can compute on bytes, exactly."""
+    if not isinstance(module, IntegerLayer) or not module.is_integer or module.geometry.pad or has_hooks(module):
+        return False
+    operator = module.geometry.operator
+    return (
+        kernels.fits_byte(module.input_levels)
+        and kernels.fits_byte(module.weight_levels)
+        and (not isinstance(operator, Convolution) or len(operator.stride) == 2)
+        and module.accumulator_bound < operator.byte_limit(module.input_levels.signed)
+    )
+
+
+class CannotRun(Exception):
+    """Shapes that the fused network has no way for; the reference has."""
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """x in channels-last format if it has four dimensions, contiguous otherwise."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+class ByteLayer(nn.Module):
+    """An integer layer without its encoder and its bias: bytes of levels in, accumulators times scale out.
+
+    Attributes:
+        layer: the reference.
+        sign: int8 [C_out] of 1 and -1, by which the weights of a channel, and so its outputs, are multiplied.
+    """
+
+    def __init__(self, layer: IntegerLayer):
+        super().__init__()
+        self.layer = layer
+        self.sign = torch.ones(len(layer.weight), dtype=torch.int8)
+        self.zero_point = 128 if layer.input_levels.signed else 0
+        self.packed: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
+
+    @property
+    def encoder(self) -> Encoder:
+        return Encoder(self.layer.input_clip, self.layer.encoding, self.zero_point)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        multiply = self.packed.get(codes.shape)
+        if multiply is None:
+            self.layer.require_shape(codes.shape)
+            if codes.dim() != 4 and isinstance(self.layer.geometry.operator, Convolution):
+                raise CannotRun
+            multiply = self.packed[codes.shape] = self._pack(codes.shape, self.layer.scale.reshape(-1))
+            if len(self.packed) > SHAPES_KEPT:
+                self.packed.popitem(last=False)
+        return multiply(channels_innermost(codes))
+
+    def _pack(self, shape: torch.Size, scale: Tensor) -> Callable[[Tensor], Tensor]:
+        weight = self.layer.weight * self.sign.view(-1, *(1 for _ in self.layer.weight.shape[1:]))
+        return self.layer.geometry.operator.pack_bytes(shape, self.zero_point, weight, scale, often=True)
+
+    def accumulators(self, codes: Tensor) -> Tensor:
+        """The accumulators of an input of bytes, rounded to float32."""
+        y = self._pack(codes.shape, torch.ones(1))(codes)
+        return y * self.sign.view(self.layer.geometry.operator.channel_shape)
+
+
+class MaxPool(nn.Module):
+    """The largest value in every window; see `kernels.max_pool`."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.window = [settings[key] for key in ("kernel", "stride", "padding", "dilation")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.max_pool(channels_innermost(x), *self.window)
+
+
+@dataclass(frozen=True)
+class Summand:
+    """A term of an expression: a node of the fused graph, and what is done to its value.
+
+    Attributes:
+        layer: whose output the node is, if the layer is called once; None for anything else.
+        axes: the dimensions that `arithmetic` may count as the channels: 1 and -1 for the second and the last.
+    """
+
+    node: fx.Node
+    arithmetic: Term = Term()  # noqa: RUF009 (immutable)
+    layer: ByteLayer | None = None
+    axes: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Expression:
+    """What a node of the network computes from nodes of the fused graph: `clamp(sum of terms, low, high)`."""
+
+    terms: tuple[Summand, ...]
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def clamps(self) -> bool:
+        return (self.low, self.high) != (-math.inf, math.inf)
+
+    @property
+    def is_node(self) -> bool:
+        """Whether it is the value of a node as it is."""
+        plain = all(part is None for part in self.terms[0].arithmetic)
+        return len(self.terms) == 1 and plain and not self.clamps
+
+    def can_enter(self, operation: Operation) -> bool:
+        """Whether the expression with `operation` applied to it is one too."""
+        if operation.kind == "identity":
+            return True
+        if operation.kind == "clamp":
+            return not self.clamps
+        if self.clamps and operation.kind != "max_pool" or len(self.terms) > 1:
+            return False
+        (term,) = self.terms
+        if operation.kind == "affine":
+            return term.arithmetic.multiplier is None
+        if operation.kind == "max_pool":
+            return term.layer is not None and _is_plain_pool(operation)
+        return operation.kind == "add"
+
+
+def _is_plain_pool(operation: Operation) -> bool:
+    return len(operation["kernel"]) == 2 and not operation["ceil_mode"]
+
+
+class Pointwise(nn.Module):
+    """An expression of one or two tensors, computed as floats and as the bytes that layers take.
+
+    Returns a tensor, or a list where there are several.
+    """
+
+    def __init__(self, expression: Expression, layers: list[ByteLayer], keep_float: bool):
+        super().__init__()
+        self.axes = frozenset().union(*(term.axes for term in expression.terms))
+        self.single = len(layers) + keep_float == 1
+        self.run = kernels.pointwise(
+            [term.arithmetic for term in expression.terms], expression.low, expression.high,
+            [layer.encoder for layer in layers], keep_float=keep_float,
+        )  # fmt: skip
+
+    def forward(self, *tensors: Tensor) -> Tensor | list[Tensor]:
+        dims = tensors[0].dim()
+        fits = dims == 2 or not self.axes or self.axes == {-1} or self.axes == {1} and dims == 4
+        if not fits or any(x.shape != tensors[0].shape for x in tensors):
+            raise CannotRun
+        results = self.run(*(x.contiguous() if -1 in self.axes else channels_innermost(x) for x in tensors))
+        return results[0] if self.single else results
+
+
+class _Fusion:
+    """Builds the fused graph, operation by operation in order of execution."""
+
+    def __init__(self, network: fx.GraphModule):
+        self.operations = {operation.node: operation for operation in operations(network)}
+        self.modules: dict[str, nn.Module | Tensor] = {}
+        self.graph = fx.Graph()
+        self.floats: dict[fx.Node, fx.Node] = {}  # of the network to those of the fused graph
+        self.codes: dict[tuple[fx.Node, str], fx.Node] = {}  # by what is encoded, and the layer that takes it
+        self.pending: dict[fx.Node, Expression] = {}  # what the only reader of a node takes over
+        self.network = network
+        self.layers = {name: ByteLayer(m) for name, m in network.named_modules() if _takes_bytes(m)}
+
+    def build(self) -> fx.GraphModule:
+        for operation in self.operations.values():
+            if operation.kind == "output":
+                self.graph.output(fx.map_arg(operation.node.args[0], self.floats.__getitem__))
+            else:
+                self._settle(operation.node, self._express(operation))
+        self.graph.lint()
+        return fx.GraphModule(self.modules, self.graph)
+
+    def _express(self, operation: Operation) -> Expression:
+        node = operation.node
+        if operation.module is None or not has_hooks(operation.module):
+            if operation.kind == "layer" and node.target in self.layers:
+                return self._layer(operation)
+            if operation.kind == "affine":
+                return self._affine(operation)
+            if operation.kind == "clamp":
+                return replace(self._take(operation.inputs[0]), low=operation["low"], high=operation["high"])
+            if operation.kind == "add":
+                terms = [self._take(x) for x in operation.inputs]
+                return Expression(tuple(term for inner in terms for term in inner.terms))
+            if operation.kind == "max_pool" and _is_plain_pool(operation):
+                return self._max_pool(operation)
+            if operation.kind == "identity":
+                return self._take(operation.inputs[0])
+        if node.op in ("call_module", "get_attr"):
+            self.modules[node.target] = operator.attrgetter(node.target)(self.network)
+        return Expression((Summand(self.graph.node_copy(node, self.floats.__getitem__)),))
+
+    def _take(self, node: fx.Node) -> Expression:
+        """What `node` is as an expression, if it has been left to its reader; else its value."""
+        return self.pending.pop(node, None) or Expression((Summand(self.floats[node]),))
+
+    def _layer(self, operation: Operation) -> Expression:
+        name, layer = operation.node.target, self.layers[operation.node.target]
+        raw = self._call(name, layer, self.codes[operation.inputs[0], name])
+        axis = 1 if isinstance(layer.layer.geometry.operator, Convolution) else -1
+        axes = frozenset() if layer.layer.bias is None else frozenset({axis})
+        called_once = sum(name == node.target for node in self.operations) == 1
+        return Expression((Summand(raw, Term(layer.layer.bias), layer if called_once else None, axes),))
+
+    def _affine(self, operation: Operation) -> Expression:
+        (term,) = self._take(operation.inputs[0]).terms
+        affine = operation.module
+        arithmetic = term.arithmetic._replace(multiplier=affine.multiplier, offset=affine.offset)
+        return Expression((replace(term, arithmetic=arithmetic, axes=term.axes | {1}),))
+
+    def _max_pool(self, operation: Operation) -> Expression:
+        """The largest of the values that the arithmetic starts from: it keeps their order once its factors are positive."""
+        inner = self._take(operation.inputs[0])
+        (term,) = inner.terms
+        if term.layer is not None and term.arithmetic.multiplier is not None:
+            bias, multiplier, offset = term.arithmetic
+            sign = torch.where(multiplier < 0, -1.0, 1.0)
+            term.layer.sign = sign.to(torch.int8)
+            term = replace(term, arithmetic=Term(None if bias is None else bias * sign, multiplier * sign, offset))
+        pooled = self._call(f"{operation.node.name}_pool", MaxPool(operation.settings), term.node)
+        return replace(inner, terms=(replace(term, node=pooled),))
+
+    def _settle(self, node: fx.Node, expression: Expression) -> None:
+        """Leave what `node` computes to its only reader, or compute it in the forms that its readers take."""
+        readers = [self.operations[user] for user in node.users]
+        if len(readers) == 1 and expression.can_enter(readers[0]):
+            self.pending[node] = expression
+            return
+        taking = {
+            reader.node.target: self.layers[reader.node.target] for reader in readers if self._takes_codes(reader)
+        }
+        others = any(not self._takes_codes(reader) for reader in readers)
+        keep_float = others and not expression.is_node
+        if expression.is_node:
+            self.floats[node] = expression.terms[0].node
+        if not taking and not keep_float:
+            return
+        module = Pointwise(expression, list(taking.values()), keep_float)
+        result = self._call(f"{node.name}_pointwise", module, *(term.node for term in expression.terms))
+        results = [result]
+        if not module.single:
+            results = [self.graph.call_function(operator.getitem, (result, i)) for i in range(len(taking) + keep_float)]
+        if keep_float:
+            self.floats[node] = results.pop(0)
+        self.codes |= {(node, name): codes for name, codes in zip(taking, results, strict=True)}
+
+    def _takes_codes(self, operation: Operation) -> bool:
+        return operation.kind == "layer" and operation.node.target in self.layers
+
+    def _call(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
+        self.modules[name] = module
+        return self.graph.call_module(name, args)
+
+
+class ByteNetwork(nn.Module):
+    """An integer network whose layers compute on bytes; see the module's docstring.
+
+    A large batch goes through in parts that fit the caches. Inputs that are not float32 on the CPU, or of
+    a shape that the network was not made for, go through the reference.
+
+    Attributes:
+        reference: the network that it was made of.
+        fused: the graph of `ByteLayer`, `MaxPool` and `Pointwise`.
+    """
+
+    def __init__(self, reference: fx.GraphModule):
+        super().__init__()
+        self.reference = reference
+        found = operations(reference)
+        self.is_sequential = (
+            sum(operation.kind == "input" for operation in found) == 1
+            and isinstance(found[-1].node.args[0], fx.Node)
+            and not any(operation.kind == "other" for operation in found)
+        )
+        self.fused = _Fusion(reference).build().eval()
+        self.images_at_once: dict[torch.Size, int] = {}
+
+    def forward(self, *tensors: Tensor, **more: Tensor) -> object:
+        if more or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in tensors):
+            return self.reference(*tensors, **more)
+        try:
+            if self.is_sequential and len(tensors) == 1:
+                return self._in_parts(tensors[0])
+            return self.fused(*tensors)
+        except CannotRun:
+            return self.reference(*tensors)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        if len(x) < 2:
+            return self.fused(x)
+        count = self.images_at_once.get(x.shape[1:])
+        if count is None:
+            meter = _LargestResult(self.fused)
+            meter.run(x[:1])
+            count = self.images_at_once[x.shape[1:]] = max(1, CACHED_FLOATS // meter.largest)
+        if len(x) <= count:
+            return self.fused(x)
+        return torch.cat([self.fused(part) for part in x.split(count)])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteNetwork":
+        moved = fn(torch.empty(0))
+        if moved.dtype != torch.float32 or moved.device.type != "cpu":
+            raise ApotfxError(
+                f"backend onednn: the network stays in float32 on the CPU, asked for {moved.dtype} on {moved.device}; "
+                "load it with backend reference"
+            )
+        return self
+
+    def __reduce__(self) -> tuple:
+        return ByteNetwork, (self.reference,)  # what is packed is for one process
+
+
+class _LargestResult(fx.Interpreter):
+    """Runs a graph and keeps the number of elements of its largest tensor."""
+
+    largest = 1
+
+    def run_node(self, node: fx.Node) -> object:
+        result = super().run_node(node)
+        for x in result if isinstance(result, list) else [result]:
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
