@@ -107,6 +107,17 @@ class QuantLayer(nn.Module):
         ).to(self.weight.dtype)
         return self.geometry.finish(y, self.bias, input)
 
+    @torch.no_grad()
+    def codes_and_accumulators(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer computes on in evaluation: (levels of the padded input, sums of their products), integer-valued.
+
+        For a float input, or a float weight, its values stand for the levels.
+        """
+        prepared = self.geometry.prepare(input)
+        codes, weight = self.engine.levels(self._input_operand(prepared)), self.engine.levels(self.weight_operand())
+        dtype = self._operand_dtype(prepared)
+        return codes, self.geometry.operator.forward(codes.to(dtype), weight.to(dtype))
+
     def rectify(self, x: Tensor) -> Tensor:
         """x after the activation function that the layer has absorbed, if it has."""
         return x if self.rectifier is None else x.clamp(*self.rectifier)

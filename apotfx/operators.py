@@ -181,6 +181,11 @@ def accumulator_bound(weight_shape: torch.Size, max_w: int, max_x: int) -> int:
     return weight_shape[1:].numel() * max_w * max_x
 
 
+def accumulator_bits(low: int, high: int) -> int:
+    """The bits of the smallest two's complement register that holds 0 and every integer from `low` to `high`."""
+    return max(high, -low - 1, 0).bit_length() + 1
+
+
 def exact_dtype(bound: int, max_level: int, device: torch.device) -> torch.dtype:
     """A dtype in which the accumulators of a layer are exact, whatever the order of summation.
 

@@ -36,6 +36,8 @@ class Rule:
         granularity: of the weight's clip: one per "tensor" or one per output "channel".
         normalization: "none", "standardize" (the paper's) or "rescale"; see `WeightQuantizer`.
         clip_grad_factor: multiplies the gradients of both clips.
+        max_accumulator_bits: 2 to 64, of the two's complement accumulator that the layer must fit whatever its weights
+            and its input, see `operators.accumulator_bound`; a layer that does not is an error. None for any.
     """
 
     name: str = "*"
@@ -47,6 +49,7 @@ class Rule:
     granularity: str = "tensor"
     normalization: str = "rescale"
     clip_grad_factor: float = 1.0
+    max_accumulator_bits: int | None = None
 
     def __post_init__(self):
         _require_type(self, "name", str)
@@ -58,14 +61,26 @@ class Rule:
         _require_choice(self, "normalization", NORMALIZATIONS)
         for key in ("weight_bits", "activation_bits"):
             bits = getattr(self, key)
-            whole = isinstance(bits, int) and not isinstance(bits, bool)
-            if not whole or not (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS):
+            if not _is_whole(bits) or not (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS):
                 raise ApotfxError(
                     f"{self}: {key} {bits!r} is out of range; use {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float"
                 )
         factor = self.clip_grad_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
             raise ApotfxError(f"{self}: clip_grad_factor {factor!r} is not a number of at least 0")
+        self._check_max_accumulator_bits()
+
+    def _check_max_accumulator_bits(self) -> None:
+        bits = self.max_accumulator_bits
+        if bits is None:
+            return
+        if not _is_whole(bits) or not 2 <= bits <= 64:
+            raise ApotfxError(f"{self}: max_accumulator_bits {bits!r} is out of range; use 2 to 64, or leave it out")
+        if self.scheme == "float" or FLOAT_BITS in (self.weight_bits, self.activation_bits):
+            raise ApotfxError(
+                f"{self}: max_accumulator_bits {bits} needs a layer on integers; quantize weights and activations, or "
+                "leave it out"
+            )
 
     def __str__(self) -> str:
         what = [f"name={self.name}"] if self.name != "*" else []
@@ -78,6 +93,10 @@ class Rule:
             and self.type in (None, layer.type)
             and (self.position is None or getattr(layer, f"is_{self.position}"))
         )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_type(rule: Rule, key: str, expected: type) -> None:

@@ -12,6 +12,7 @@ from .analysis import analyze, has_hooks, is_read_once, rectified_range, torch_n
 from .engine import use_engine
 from .errors import ApotfxError
 from .layers import QUANT_LAYERS, QuantLayer
+from .operators import accumulator_bits, accumulator_bound
 from .policy import BitPolicy, Plan, PlannedLayer, resolve
 from .quantizers import InputQuantizer, WeightQuantizer
 
@@ -139,7 +140,24 @@ def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphMo
         raise ApotfxError(
             f"model {type(model).__name__}: has no layer that can be quantized ({reasons or 'no conv or linear layer'})"
         )
-    return graph_module, resolve(policy, layers)
+    resolved = resolve(policy, layers)
+    for planned in resolved.layers:
+        if planned.quantized and planned.rule.max_accumulator_bits is not None:
+            _require_accumulator(planned, graph_module.get_submodule(planned.facts.name).weight.shape)
+    return graph_module, resolved
+
+
+def _require_accumulator(planned: PlannedLayer, weight_shape: torch.Size) -> None:
+    """Raises: ApotfxError: the layer's accumulators need more bits than its rule allows."""
+    bound = accumulator_bound(weight_shape, planned.weight.max, planned.input.max)
+    needed, allowed = accumulator_bits(-bound, bound), planned.rule.max_accumulator_bits
+    if needed > allowed:
+        raise ApotfxError(
+            f"layer {planned.facts.name} ({planned.rule}): sums of {weight_shape[1:].numel()} products of "
+            f"{planned.weight.bits}-bit weights and {planned.input.bits}-bit inputs ({planned.rule.scheme}) can need "
+            f"{needed} bits, max_accumulator_bits allows {allowed}; use fewer weight_bits or activation_bits, another "
+            "scheme, or allow more"
+        )
 
 
 def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
@@ -163,7 +181,7 @@ def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
 
     Raises:
         ApotfxError: the model cannot be traced, is quantized already or has nothing to quantize; the policy has a rule
-            that matches nothing, or asks for levels that do not exist.
+            that matches nothing, asks for levels that do not exist, or caps accumulators below what a layer needs.
     """
     graph_module, resolved = _traced_and_planned(model, policy)
     layers = {

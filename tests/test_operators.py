@@ -17,6 +17,7 @@ from apotfx import functional as F
 from apotfx.operators import (
     Convolution,
     MatrixProduct,
+    accumulator_bits,
     accumulator_bound,
     exact_dtype,
     output_scale,
@@ -190,6 +191,14 @@ def test_exact_dtype_at_its_bounds(num_inputs, max_w, max_x, expected):
 
 def test_the_bound_counts_a_group_and_the_kernel():
     assert accumulator_bound(torch.Size([64, 8, 3, 5]), 10, 7) == 8 * 3 * 5 * 10 * 7
+
+
+@pytest.mark.parametrize("low, high, bits", [
+    (0, 0, 1), (-1, 0, 1), (0, 1, 2), (-2, 1, 2), (-3, 1, 3), (-2, 2, 3), (-128, 127, 8), (-129, 0, 9), (0, 128, 9),
+    (5, 6, 4), (-6, -5, 4), (-(2**63), 2**63 - 1, 64),
+])  # fmt: skip
+def test_bits_of_an_accumulator(low, high, bits):
+    assert accumulator_bits(low, high) == bits
 
 
 def test_exact_dtype_on_a_gpu_is_float64():

@@ -50,6 +50,13 @@ WRONG_RULES = [
     ({"clip_grad_factor": float("nan")}, "clip_grad_factor nan is not a number"),
     ({"clip_grad_factor": float("inf")}, "clip_grad_factor inf is not a number"),
     ({"clip_grad_factor": True}, "clip_grad_factor True is not a number"),
+    *(
+        ({"max_accumulator_bits": bits}, f"max_accumulator_bits {bits!r} is out of range; use 2 to 64, or leave it out")
+        for bits in (1, 65, 16.0, "16", True)
+    ),
+    ({"max_accumulator_bits": 16, "scheme": "float"}, "max_accumulator_bits 16 needs a layer on integers; quantize"),
+    ({"max_accumulator_bits": 16, "weight_bits": 32}, "max_accumulator_bits 16 needs a layer on integers"),
+    ({"max_accumulator_bits": 16, "activation_bits": 32}, "max_accumulator_bits 16 needs a layer on integers"),
 ]
 WRONG_IDS = ["-".join(f"{key}={value}" for key, value in rule.items()) for rule, _ in WRONG_RULES]
 
@@ -65,6 +72,11 @@ def test_a_wrong_value_is_refused(rule, message):
 @pytest.mark.parametrize("bits", [2, 8, 32])
 def test_bits_at_their_limits(bits):
     assert Rule(weight_bits=bits, activation_bits=bits).weight_bits == bits
+
+
+@pytest.mark.parametrize("bits", [2, 64, None])
+def test_accumulator_bits_at_their_limits(bits):
+    assert Rule(max_accumulator_bits=bits).max_accumulator_bits == bits
 
 
 @pytest.mark.parametrize("rule, names", [
@@ -213,7 +225,7 @@ def test_the_ready_made_policies_refuse_what_a_rule_refuses(make):
 POLICIES = {
     "default": BitPolicy.default(3), "published": BitPolicy.published(), "float": BitPolicy.default(32),
     "every-key": BitPolicy((
-        Rule("layer1.*", "Conv2d", "first", "pot", 3, 4, "channel", "none", 0.01),
+        Rule("layer1.*", "Conv2d", "first", "pot", 3, 4, "channel", "none", 0.01, 24),
         Rule(name="ü[!x]*: #", clip_grad_factor=2),
     )),
 }  # fmt: skip

@@ -572,6 +572,35 @@ def test_a_policy_that_does_not_fit_is_refused_and_the_model_stays():
     check_same(before, snapshot(model))
 
 
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.stem(x)))
+
+
+# 4-bit weights reach 10 in apot and 7 in uniform, 4-bit unsigned inputs 48 and 15; the second layer adds 4 * 9 of them.
+@pytest.mark.parametrize("scheme, bits", [("apot", 16), ("uniform", 13)])
+@pytest.mark.parametrize("do", [plan, quantize])
+def test_a_cap_on_accumulators_is_kept_by_every_layer_or_names_one(do, scheme, bits):
+    bound = {"apot": 36 * 10 * 48, "uniform": 36 * 7 * 15}[scheme]
+    assert 2 ** (bits - 2) <= bound < 2 ** (bits - 1)
+    do(Grouped(), BitPolicy((Rule(scheme=scheme, max_accumulator_bits=bits),)))
+    rules = (
+        Rule(name="stem", max_accumulator_bits=64),
+        Rule(name="conv", scheme=scheme, max_accumulator_bits=bits - 1),
+    )
+    message = (
+        rf"layer conv \(rule name=conv\): sums of 36 products of 4-bit weights and 4-bit inputs \({scheme}\) can need "
+        f"{bits} bits, max_accumulator_bits allows {bits - 1}; use fewer weight_bits or activation_bits"
+    )
+    with pytest.raises(ApotfxError, match=message):
+        do(Grouped(), BitPolicy(rules))
+    do(Grouped(), BitPolicy((rules[0], Rule(scheme=scheme))))
+
+
 def test_an_all_float_policy_changes_nothing():
     model = Net().eval()
     qmodel = quantize(model, BitPolicy.default(32))

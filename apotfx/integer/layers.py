@@ -81,8 +81,13 @@ class IntegerLayer(nn.Module):
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         self.require_shape(input.shape)
-        y = self.accumulate(self.encode(self.geometry.prepare(input)))
-        return self.geometry.finish(y.to(self.scale.dtype) * self.scale, self.bias, input)
+        _, accumulators = self.codes_and_accumulators(input)
+        return self.geometry.finish(accumulators.to(self.scale.dtype) * self.scale, self.bias, input)
+
+    def codes_and_accumulators(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """As those of `QuantLayer`."""
+        codes = self.encode(self.geometry.prepare(input))
+        return codes, self.accumulate(codes)
 
     def require_shape(self, shape: torch.Size) -> None:
         """Raises: ApotfxError: an input of that shape does not fit the layer."""
