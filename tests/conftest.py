@@ -1,9 +1,14 @@
 """What several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import MIXED, trained
+
+from apotfx import export_integer
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +29,20 @@ def published_root() -> Path:
     if not (root / "resnet10_4bit" / "model_best.pth.tar").is_file():
         pytest.skip(f"no published checkpoints in {root}: set APOTFX_PUBLISHED to their directory")
     return root
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An export, the float model and another export; not to be written to."""
+    directory = tmp_path_factory.mktemp("exported")
+    qmodel, model = trained(MIXED)
+    other, _ = trained(MIXED)
+    with torch.no_grad():
+        other.fc.weight.neg_()
+    return export_integer(qmodel, directory / "one"), model, export_integer(other, directory / "two")
+
+
+@pytest.fixture
+def export(exported, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(exported[0], tmp_path / "export"))

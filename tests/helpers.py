@@ -1,12 +1,18 @@
-"""What the tests of the numeric modules share."""
+"""What the tests of the numeric modules and of the integer networks share."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from apotfx import engine
+from apotfx import BitPolicy, Rule, calibrate, engine, quantize
 from apotfx import functional as F
 from apotfx.errors import ApotfxError
+from apotfx.integer.format import export_integer, read_integer
+from apotfx.integer.load import load_integer
+from apotfx.integer.manifest import checksum
 from apotfx.layers import QuantLayer
 from apotfx.levels import SCHEMES, LevelSet
 from apotfx.operators import Convolution, MatrixProduct
@@ -116,3 +122,98 @@ def operands(shape_x, shape_w, per_channel=False, dtype=torch.float64):
     if per_channel:
         clip_w = torch.linspace(0.3, 2, shape_w[0], dtype=dtype).reshape(-1, *(1 for _ in shape_w[1:]))
     return [t.requires_grad_() for t in (x, w, torch.tensor(1.1, dtype=dtype), clip_w)]
+
+
+# Networks to export.
+
+
+class Net(nn.Module):
+    """Convolutions of all kinds of padding, a branch, batch norms, a float layer and a linear layer."""
+
+    def __init__(self, padding_mode="circular", classes=3, bias=True, stride=1, width=6):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, width, 3, padding=1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 6, 3, padding="same", groups=2)
+        self.conv3 = nn.Conv2d(6, 6, 3, padding=1, padding_mode=padding_mode)
+        self.pointwise = nn.Conv2d(6, 4, 1, stride=2)
+        self.bn2 = nn.BatchNorm2d(4, affine=False)
+        self.fc = nn.Linear(4, classes, bias=bias)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.conv3(self.conv2(x)) + x)
+        return self.fc(torch.relu(self.bn2(self.pointwise(x))).mean((2, 3)))
+
+
+class Conv1dNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(),
+            nn.Conv1d(4, 4, 3, padding="same", dilation=2), nn.Flatten(),
+                         nn.Linear(32, 3))  # fmt: skip
+
+
+class Conv3dNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 3),
+            nn.Flatten(),
+                         nn.Linear(24, 3))  # fmt: skip
+
+
+INPUT_SHAPES = {Net: (5, 2, 8, 8), Conv1dNet: (5, 2, 8), Conv3dNet: (5, 2, 4, 4, 4)}
+MIXED = BitPolicy((
+    Rule(name="conv1", scheme="uniform", weight_bits=8, activation_bits=32),
+    Rule(name="conv2", scheme="float"),
+    Rule(name="conv3", scheme="pot", weight_bits=5, activation_bits=4, granularity="channel",
+        normalization="none"),
+    Rule(name="pointwise", scheme="apot", weight_bits=32, activation_bits=6),
+    Rule(normalization="standardize"),
+))  # fmt: skip
+
+
+def data(model_type=Net):
+    return torch.randn(INPUT_SHAPES[model_type], generator=torch.Generator().manual_seed(1))
+
+
+def trained(policy, model_type=Net, **options):
+    """A quantized network, calibrated and trained for a step, in evaluation mode; and its float model."""
+    torch.manual_seed(0)
+    model = model_type(**options)
+    qmodel = calibrate(quantize(model, policy), [data(model_type)])
+    optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.01)
+    qmodel(data(model_type)).square().sum().backward()
+    optimizer.step()
+    return qmodel.eval(), model
+
+
+def policy(**rule):
+    return BitPolicy((Rule(**rule),))
+
+
+def check_equal(qmodel, imodel, x):
+    with torch.no_grad():
+        expected, y = qmodel(x), imodel(x)
+    assert torch.equal(y, expected) and expected.isfinite().all() and len(expected.unique()) > 1
+
+
+def export_and_compare(tmp_path, qmodel, model, x):
+    path = export_integer(qmodel, tmp_path / "export")
+    imodel = load_integer(path, model)
+    check_equal(qmodel, imodel, x)
+    return imodel
+
+
+def edit_manifest(path, change, sign=False):
+    """Apply `change` to the manifest of the export `path`; `sign` gives it a valid checksum."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    if sign:
+        manifest["manifest_sha256"] = checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def check_refused(path, model, message):
+    for read in (lambda: read_integer(path), lambda: load_integer(path, model)):
+        with pytest.raises(ApotfxError, match=message) as error:
+            read()
+        assert str(path) in str(error.value) and "\n" not in str(error.value)

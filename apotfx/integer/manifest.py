@@ -144,9 +144,10 @@ def _differs(manifest: dict, place: Place, expected: str = "it to be there") -> 
         f"[{key}]" if isinstance(key, int) else f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
         for key in place
     ).removeprefix(".")
-    name = manifest["layers"][place[1]].get("name") if place[:1] == ("layers",) and len(place) > 1 else None
-    layer = f" (layer {name})" if isinstance(name, str) and name.isprintable() else ""
-    return f"{text}{layer} is {_as_text(got)}, expected {expected}"
+    layer = manifest["layers"][place[1]] if place[0] == "layers" and len(place) > 1 else None
+    name = layer.get("name") if isinstance(layer, dict) else None
+    suffix = f" (layer {name})" if isinstance(name, str) and name.isprintable() else ""
+    return f"{text}{suffix} is {_as_text(got)}, expected {expected}"
 
 
 _ABSENT = object()

@@ -1,0 +1,384 @@
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import MIXED, Net, check_refused, edit_manifest, policy, trained
+from torch import nn
+
+from apotfx import ApotfxError, BitPolicy, quantize
+from apotfx.integer.format import _describe_tensor, export_integer, inspect_integer, read_integer
+from apotfx.integer.load import load_integer
+
+
+def test_what_is_in_the_directory(tmp_path):
+    qmodel, _ = trained(MIXED)
+    path = export_integer(qmodel, tmp_path / "new" / "export")
+    assert path == tmp_path / "new" / "export"
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "weights.safetensors"]
+    assert [file.name for file in path.parent.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_size_is_what_the_bits_say(bits, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 7, 3, bias=False), nn.Flatten(), nn.Linear(28, 10))
+    qmodel = quantize(model, policy(scheme="uniform", weight_bits=bits, activation_bits=8))
+    tensors = safetensors.torch.load_file(export_integer(qmodel, tmp_path / "export") / "weights.safetensors")
+    assert {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()} == {
+        "0.weight_codes": (torch.uint8, -(-7 * 27 * bits // 8)),
+        "2.weight_codes": (torch.uint8, -(-280 * bits // 8)),
+        "2.bias": (torch.float32, 10),
+    }  # fmt: skip
+
+
+def test_read_integer_gives_the_integers_and_the_float_state(tmp_path):
+    qmodel, _ = trained(MIXED)
+    manifest, tensors = read_integer(export_integer(qmodel, tmp_path / "export"))
+    state = qmodel.state_dict()
+    assert tensors.keys() == {key for key in state if "_quantizer." not in key}
+    quantized = {"conv1.weight": 8, "conv3.weight": 5, "fc.weight": 4}
+    for key, tensor in tensors.items():
+        if key in quantized:
+            n, _ = qmodel.get_submodule(key.removesuffix(".weight")).integer_weight()
+            assert not tensor.is_floating_point() and torch.equal(tensor.float(), n)
+        else:
+            assert torch.equal(tensor, state[key])
+    assert [layer["name"] for layer in manifest["layers"]] == ["conv1", "conv3", "pointwise", "fc"]
+
+
+def test_the_manifest_holds_the_batch_norm_behind_a_layer(tmp_path):
+    qmodel, _ = trained(policy())
+    manifest, _ = read_integer(export_integer(qmodel, tmp_path / "export"))
+    layers = {layer["name"]: layer for layer in manifest["layers"]}
+    x = torch.randn(5, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    for name, bn_name, channels in (("conv1", "bn1", 6), ("pointwise", "bn2", 4)):
+        entry = layers[name]["batch_norm"]
+        multiplier, bias = (torch.tensor(entry[key]).reshape(-1, 1, 1) for key in ("multiplier", "bias"))
+        expected = qmodel.get_submodule(bn_name)(x[:, :channels])
+        assert entry["name"] == bn_name
+        torch.testing.assert_close(x[:, :channels] * multiplier + bias, expected, rtol=1e-5, atol=1e-6)
+    assert [name for name, layer in layers.items() if "batch_norm" in layer] == ["conv1", "pointwise"]
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["two-batch-norms", "one-call-without"])
+def test_a_shared_layer_has_no_single_batch_norm(second, tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.bn1, self.bn2 = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            x = self.layer(torch.relu(self.bn1(self.layer(x))))
+            return self.bn2(x) if second else x
+
+    path = export_integer(quantize(Shared(), policy()), tmp_path / "export")
+    assert "batch_norm" not in read_integer(path)[0]["layers"][0]
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = export_integer(trained(MIXED)[0], tmp_path / "export")
+    json.loads((path / "manifest.json").read_bytes())
+    assert safetensors.torch.load_file(path / "weights.safetensors")
+
+
+def test_an_existing_path_is_left_alone(tmp_path):
+    qmodel, _ = trained(policy())
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("directory", "file", "link"):
+        with pytest.raises(ApotfxError, match=f"export .*/{name}: exists already; choose a new directory or remove it"):
+            export_integer(qmodel, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "link"]
+    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "directory").iterdir())
+
+
+def with_value(name, value):
+    qmodel, _ = trained(policy())
+    with torch.no_grad():
+        qmodel.state_dict()[name].view(-1)[0] = value
+    return qmodel
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Net(), "export: the model has no quantized layer; pass what apotfx.quantize returned"),
+    (lambda: quantize(Net(), BitPolicy.default(32)), "export: the model has no quantized layer"),
+    (lambda: quantize(Net(), policy()).conv1, "export: the model has no quantized layer"),
+    (lambda: quantize(Net(), policy()).double(),
+     r"export: bn1.weight is torch.float64, expected torch.float32; call model.float\(\) first"),
+    (lambda: quantize(Net(), policy()).bfloat16(), "is torch.bfloat16, expected torch.float32"),
+    (lambda: with_value("conv1.weight", float("nan")), "export: conv1.weight is not finite"),
+    (lambda: with_value("fc.bias", float("inf")), "export: fc.bias is not finite"),
+    (lambda: with_value("conv3.input_quantizer.clip", float("nan")),
+     "export: conv3.input_quantizer.clip is not finite"),
+    (lambda: with_value("conv3.weight_quantizer.clip", float("inf")),
+     "export: conv3.weight_quantizer.clip is not finite"),
+], ids=[
+    "float", "all-float", "layer", "double", "bfloat16", "weight", "bias", "input-clip", "weight-clip",
+])  # fmt: skip
+def test_what_cannot_be_exported_is_refused(make, message, tmp_path):
+    with pytest.raises(ApotfxError, match=message):
+        export_integer(make(), tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "rename", "chmod"])
+def test_a_failed_export_leaves_nothing_behind(method, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    qmodel, _ = trained(policy())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, fail)
+        with pytest.raises(OSError, match="disk full"):
+            export_integer(qmodel, tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+    export_integer(qmodel, tmp_path / "export")
+
+
+CHECKSUM = "weights.safetensors: does not fit manifest.json .checksum.; it was altered, truncated or"
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("position", [0, 100, -1], ids=["size", "header", "data"])
+def test_an_altered_weights_file_is_refused(position, export, exported):
+    flip(export / "weights.safetensors", position)
+    check_refused(export, exported[1], CHECKSUM)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_a_truncated_weights_file_is_refused(size, export, exported):
+    file = export / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    check_refused(export, exported[1], CHECKSUM)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_a_missing_file_is_refused(name, export, exported):
+    (export / name).unlink()
+    message = f"{name}: cannot be read .No such file or directory.; pass a directory that export_integer"
+    check_refused(export, exported[1], message)
+
+
+def test_a_missing_directory_is_refused(tmp_path, exported):
+    check_refused(tmp_path / "absent", exported[1], "absent/manifest.json: cannot be read")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_files_of_two_exports_are_refused(name, export, exported):
+    shutil.copy(exported[2] / name, export / name)
+    check_refused(export, exported[1], CHECKSUM)
+
+
+@pytest.mark.parametrize("name", ["extra", ".hidden", "directory/", "manifest.json.bak"])
+def test_an_additional_file_is_refused(name, export, exported):
+    (export / name).mkdir() if name.endswith("/") else (export / name).touch()
+    message = f"export/{name.rstrip('/')}: is not part of an export, which is manifest.json and weights.safetensors"
+    check_refused(export, exported[1], message)
+
+
+def make_directory(path):
+    path.mkdir()
+
+
+def make_link_to_nowhere(path):
+    path.symlink_to("nowhere")
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_huge(path):
+    with path.open("wb") as file:
+        file.truncate(2**32)  # without taking the space
+
+
+@pytest.mark.parametrize("make, message", [
+    (make_directory, "is not a file"), (make_pipe, "is not a file"),
+    (make_link_to_nowhere, "cannot be read .No such file or directory."),
+    (make_huge, "has 4294967296 bytes, expected at most [0-9]+"),
+], ids=["directory", "pipe", "link", "huge"])  # fmt: skip
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_something_else_in_the_place_of_a_file_is_refused(name, make, message, export, exported):
+    (export / name).unlink()
+    make(export / name)
+    check_refused(export, exported[1], f"{name}: {message}; pass a directory that export_integer wrote")
+
+
+@pytest.mark.parametrize("method, message", [
+    ("read_bytes", "manifest.json: cannot be read .Permission denied.; pass a directory"),
+    ("iterdir", "export: cannot be listed .Permission denied.; allow it to be read"),
+])  # fmt: skip
+def test_what_may_not_be_read_is_refused(method, message, export, exported, monkeypatch):
+    def deny(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, method, deny)
+    check_refused(export, exported[1], message)
+
+
+def edit_weights(path, change, describe=False):
+    """Apply `change` to the header and the data of the weights of the export `path`, which keeps valid checksums.
+
+    `describe` makes the manifest describe what the tensors have become.
+    """
+    content = (path / "weights.safetensors").read_bytes()
+    data_at = 8 + int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:data_at]), bytearray(content[data_at:])
+    change(header, data)
+    header = json.dumps(header).encode()
+    content = len(header).to_bytes(8, "little") + header + data
+    (path / "weights.safetensors").write_bytes(content)
+
+    def sign(manifest):
+        manifest["weights_sha256"] = hashlib.sha256(content).hexdigest()
+        if describe:
+            manifest["tensors"] = {k: _describe_tensor(t) for k, t in safetensors.torch.load(content).items()}
+
+    edit_manifest(path, sign, sign=True)
+
+
+def lengthen(header, data):
+    start, end = header["fc.bias"]["data_offsets"]
+    header["fc.bias"]["data_offsets"] = [start, end + 4]
+
+
+def swap(header, data):
+    header["bn1.bias"], header["bn1.weight"] = header["bn1.weight"], header["bn1.bias"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lengthen, "not a safetensors file .*; export the model again"),
+    (lambda header, data: header["fc.bias"].update(shape=[2**40]), "not a safetensors file .*; export the model again"),
+    (lambda header, data: header["fc.bias"].update(shape=[2**62, 2**62]), "not a safetensors file .*"),
+    (lambda header, data: header["fc.bias"].update(shape=[-3]), "not a safetensors file .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="F33"), "not a safetensors file .*"),
+    (lambda header, data: header["fc.bias"].pop("dtype"), "not a safetensors file .*"),
+    (lambda header, data: data.extend(b"0000"), "not a safetensors file .*"),
+    (lambda header, data: data.clear(), "not a safetensors file .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="I32"), "fc.bias is .*'int32'.*, manifest.json says .*'float"),
+    (lambda header, data: header["fc.bias"].update(shape=[3, 1]), r"fc.bias is .*\[3, 1\].*, manifest.json says .*\[3\]"),
+    (lambda header, data: header.update({"a\nb": header.pop("fc.bias")}),
+     r"'a\\nb' is .*, manifest.json says absent; export the model again"),
+    (swap, "bn1.bias was altered .checksum.; export the model again"),
+], ids=[
+    "longer", "large", "overflow", "negative", "unknown-type", "no-type", "more-data", "no-data", "type", "shape",
+    "name", "swapped",
+])  # fmt: skip
+def test_a_header_that_lies_is_refused_though_the_checksums_fit(change, message, export, exported):
+    edit_weights(export, change)
+    check_refused(export, exported[1], f"weights.safetensors: {message}")
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 9, 2**40])
+def test_a_file_without_a_header_is_refused_though_the_checksums_fit(size, export, exported):
+    content = size.to_bytes(8, "little")[:size]
+    (export / "weights.safetensors").write_bytes(content)
+    edit_manifest(export, lambda m: m.update(weights_sha256=hashlib.sha256(content).hexdigest()), sign=True)
+    check_refused(export, exported[1], "weights.safetensors: not a safetensors file .*; export the model again")
+
+
+def set_unused_bits(header, data):
+    data[header["fc.weight_codes"]["data_offsets"][1] - 1] |= 0x80
+
+
+def set_not_a_number(header, data):
+    start, end = header["fc.bias"]["data_offsets"]
+    data[start:end] = struct.pack("3f", 0, math.nan, 0)
+
+
+@pytest.mark.parametrize("change, message", [
+    (set_unused_bits, "fc.weight_codes sets unused bits or the sign of a zero; export the model again"),
+    (set_not_a_number, "fc.bias is not finite; export the model again"),
+], ids=["bits", "nan"])  # fmt: skip
+def test_contents_that_no_export_has_are_refused_though_all_checksums_fit(change, message, tmp_path):
+    """With 3 times 3 codes of 3 bits, 5 bits of the last byte are unused."""
+    model = nn.Sequential()
+    model.add_module("relu", nn.ReLU())
+    model.add_module("fc", nn.Linear(3, 3))
+    path = export_integer(quantize(model, policy(weight_bits=3, activation_bits=3)), tmp_path / "export")
+    load_integer(path, model)
+    edit_weights(path, change, describe=True)
+    check_refused(path, model, f"weights.safetensors: {message}")
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """An export with two layers of the same kind and size, and its float model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    return export_integer(quantize(model, policy()), tmp_path / "export"), model
+
+
+def test_layers_swapped_in_the_weights_are_named(twins):
+    def swap_layers(header, data):
+        header["0.weight_codes"], header["2.weight_codes"] = header["2.weight_codes"], header["0.weight_codes"]
+
+    edit_weights(twins[0], swap_layers)
+    check_refused(*twins, "weights.safetensors: 0.weight_codes was altered .checksum.; export the model again")
+    problems = inspect_integer(twins[0])[2]
+    assert [problem.partition("tensors: ")[2].split()[0] for problem in problems] == [
+        "0.weight_codes",
+        "2.weight_codes",
+    ]
+
+
+def test_layers_swapped_in_the_manifest_are_named(twins):
+    def swap_layers(manifest):
+        first, second = manifest["layers"]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    edit_manifest(twins[0], swap_layers, sign=True)
+    with pytest.raises(ApotfxError, match=r"the input of layer 0 is clamped to \[0.0, None\], in the model to None"):
+        load_integer(*twins)
+
+
+def test_an_altered_file_can_be_inspected(export, exported):
+    flip(export / "weights.safetensors", -1)
+    _, tensors, problems = inspect_integer(export)
+    _, original = read_integer(exported[0])
+    differing = {name for name, tensor in tensors.items() if not torch.equal(tensor, original[name])}
+    assert len(problems) == 2 and CHECKSUM.partition(" .check")[0] in problems[0]
+    assert problems[1].endswith("was altered (checksum); export the model again") and len(differing) == 1
+    assert tensors.keys() == original.keys() and differing.pop() in problems[1]
+
+
+def test_metadata_go_into_the_manifest(tmp_path):
+    path = export_integer(trained(policy())[0], tmp_path / "export", {"arch": "net", "sizes": (1, 2), 3: None})
+    assert read_integer(path)[0]["metadata"] == {"arch": "net", "sizes": [1, 2], "3": None}
+
+
+@pytest.mark.parametrize("metadata, message", [
+    ({"a": math.nan}, "export: the metadata are not JSON .*; pass texts, finite numbers and such"),
+    ({"a": torch.zeros(1)}, "export: the metadata are not JSON"),
+    (["a"], r'export: metadata is \["a"\], expected an object, whatever the exporting program wanted to keep'),
+], ids=["nan", "tensor", "list"])  # fmt: skip
+def test_metadata_that_are_no_json_are_refused(metadata, message, tmp_path):
+    with pytest.raises(ApotfxError, match=message):
+        export_integer(trained(policy())[0], tmp_path / "export", metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_infinite_setting_of_a_module_is_exported(tmp_path):
+    """JSON has no infinity."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardtanh(-1, math.inf), nn.Linear(4, 2))
+    path = export_integer(quantize(model, policy()), tmp_path / "export")
+    assert "Infinity" not in (path / "manifest.json").read_text()
+    load_integer(path, model)
+    with pytest.raises(
+        ApotfxError, match=r"_1 \(Hardtanh\) where the model has _1 \(Hardtanh\), or with other settings"
+    ):
+        load_integer(path, nn.Sequential(model[0], nn.Hardtanh(-1, 6), model[2]))

@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch import nn
+
+from apotfx import ApotfxError, BitPolicy, calibrate, quantize
+from apotfx.integer.format import export_integer
+from apotfx.integer.load import load_integer
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.GELU(), r"2 \(GELU\)"),
+        (nn.Sequential(nn.ReLU(), nn.ReLU()), r"_2_1 \(ReLU\)|_2_0 \(ReLU\)|2_0 \(ReLU\)"),
+        (nn.Hardtanh(0, 6), r"_2 \(Hardtanh\)"),
+    ],
+    ids=["another activation", "one more", "another type"],
+)
+def test_a_network_with_the_same_parameters_that_computes_something_else_is_refused(other, message, tmp_path):
+    def net(activation):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), activation, nn.Flatten(), nn.Linear(64, 3))
+
+    qmodel = calibrate(quantize(net(nn.ReLU()), BitPolicy.default(4)), [torch.rand(2, 1, 6, 6)])
+    export_integer(qmodel, tmp_path / "out")
+    load_integer(tmp_path / "out", net(nn.ReLU()))
+    with pytest.raises(ApotfxError, match=f"its network has .* where the model has .*({message})"):
+        load_integer(tmp_path / "out", net(other))
+
+
+def test_other_settings_of_a_module_are_refused(tmp_path):
+    def net(kernel):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(kernel, stride=2), nn.Flatten(), nn.Linear(16, 3))
+
+    qmodel = calibrate(quantize(net(2), BitPolicy.default(4)), [torch.rand(2, 1, 6, 6)])
+    export_integer(qmodel, tmp_path / "out")
+    with pytest.raises(
+        ApotfxError, match=r"_1 \(MaxPool2d\) where the model has _1 \(MaxPool2d\), or with other settings"
+    ):
+        load_integer(tmp_path / "out", net(3))
