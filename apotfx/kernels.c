@@ -161,20 +161,27 @@ typedef struct {
     const Encoder *encoder;
 } Pointwise;
 
-static inline void add_term(const Term *t, const float *restrict from, float *restrict v, int64_t channel,
-                            int64_t count, int first) {
+/* v = term, or v += term unless it is the first; a piece of channels from `channel` on. */
+static inline void add_term(const Term *t, const float *from, float *v, int64_t channel, int64_t count, int first) {
     float own[PIECE];
-    float *restrict x = first ? v : own;
-    const float *restrict bias = t->bias + channel, *restrict multiplier = t->multiplier + channel;
-    const float *restrict offset = t->offset + channel;
-    if (t->bias)
+    float *x = first ? v : own;
+    const float *bias = t->bias + channel, *multiplier = t->multiplier + channel, *offset = t->offset + channel;
+    if (t->bias) {
+#pragma omp simd
         for (int64_t i = 0; i < count; i++) x[i] = from[i] + bias[i];
-    else
-        for (int64_t i = 0; i < count; i++) x[i] = from[i];
-    if (t->multiplier)
-        for (int64_t i = 0; i < count; i++) x[i] = x[i] * multiplier[i] + offset[i];
-    if (!first)
-        for (int64_t i = 0; i < count; i++) v[i] += x[i];
+        from = x;
+    }
+    if (t->multiplier) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) x[i] = from[i] * multiplier[i] + offset[i];
+        from = x;
+    }
+    if (!first) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) v[i] += from[i];
+    } else if (from != x) {
+        memcpy(v, from, (size_t)count * sizeof *v);
+    }
 }
 
 /* A table of few levels is a sum of steps, which many bytes take at once. */
@@ -225,33 +232,4 @@ int pointwise(const Pointwise *p, int64_t n, const float *a, const float *b, flo
         for (int32_t e = 0; e < p->num_encoders; e++) encode_piece(&p->encoder[e], v, codes[e] + start, count);
     }
     return nan;
-}
-
-typedef struct {
-    int64_t images, height, width, channels, out_height, out_width;
-    int64_t kernel[2], stride[2], padding[2], dilation[2];
-} Window;
-
-/* The largest value in every window, channels innermost in memory; every window must meet the image. */
-void max_pool(const Window *s, const float *x, float *out) {
-    const int64_t channels = s->channels;
-#pragma omp parallel for schedule(static) if (s->images * s->out_height > 4)
-    for (int64_t row = 0; row < s->images * s->out_height; row++) {
-        const int64_t top = row % s->out_height * s->stride[0] - s->padding[0];
-        const float *image = x + row / s->out_height * s->height * s->width * channels;
-        for (int64_t column = 0; column < s->out_width; column++) {
-            const int64_t left = column * s->stride[1] - s->padding[1];
-            float *restrict to = out + (row * s->out_width + column) * channels;
-            for (int64_t c = 0; c < channels; c++) to[c] = -INFINITY;
-            for (int64_t i = 0; i < s->kernel[0]; i++) {
-                const int64_t y = top + i * s->dilation[0];
-                for (int64_t j = 0; j < s->kernel[1]; j++) {
-                    const int64_t z = left + j * s->dilation[1];
-                    if (y < 0 || y >= s->height || z < 0 || z >= s->width) continue;
-                    const float *restrict from = image + (y * s->width + z) * channels;
-                    for (int64_t c = 0; c < channels; c++) to[c] = from[c] > to[c] ? from[c] : to[c];
-                }
-            }
-        }
-    }
 }

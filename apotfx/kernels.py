@@ -24,7 +24,6 @@ from .files import write_atomic
 from .functional import Levels, Operand, is_dense
 from .levels import LevelSet
 
-Pair = tuple[int, int]
 SOURCE = Path(__file__).with_name("kernels.c")
 BLOCK, PIECE = 4096, 1024  # as in kernels.c
 # Without contraction (fused multiply-add), which would change the last bit.
@@ -60,12 +59,6 @@ class _Pointwise(ctypes.Structure):
         ("channels", c_int64), ("term", _Term * 2), ("low", c_float), ("high", c_float),
         ("num_encoders", c_int32), ("encoder", c_void_p),
     ]  # fmt: skip
-
-
-class _Window(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("images", "height", "width", "channels", "out_height", "out_width")] + [
-        (name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")
-    ]
 
 
 class Unavailable(Exception):
@@ -153,7 +146,6 @@ def _load(path: Path) -> ctypes.CDLL:
         (loaded.gradient, None, [operand, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]),
         (loaded.standard_deviation, None, [c_void_p, c_int64, c_void_p, c_void_p]),
         (loaded.pointwise, c_int, [POINTER(_Pointwise), c_int64, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),
-        (loaded.max_pool, None, [POINTER(_Window), c_void_p, c_void_p]),
     ):
         function.argtypes, function.restype = arguments, result
     return loaded
@@ -282,15 +274,17 @@ def pointwise(
         ctypes.addressof(array),
     )  # fmt: skip
     reference, call, num_codes = ctypes.byref(settings), library().pointwise, len(encoders)
+    pointer_array = c_void_p * max(num_codes, 1)
     kept = (alive, array)  # as long as the function lives
 
     def run(a: Tensor, b: Tensor | None = None) -> list[Tensor]:
-        out = torch.empty_like(a) if keep_float else None
-        codes = [torch.empty_like(a, dtype=torch.uint8) for _ in range(num_codes)]
-        pointers = (c_void_p * (num_codes or 1))(*[code.data_ptr() for code in codes])
-        if call(reference, a.numel(), a.data_ptr(), _pointer(b), _pointer(out), pointers) and kept:
+        results = [torch.empty_like(a)] if keep_float else []
+        results += [torch.empty_like(a, dtype=torch.uint8) for _ in range(num_codes)]
+        pointers = [result.data_ptr() for result in results]
+        out = pointers.pop(0) if keep_float else None
+        if call(reference, a.numel(), a.data_ptr(), _pointer(b), out, pointer_array(*pointers)) and kept:
             raise ApotfxError("integer network: its input has NaN, or numbers so large that they become NaN")
-        return [out, *codes] if keep_float else codes
+        return results
 
     return run
 
@@ -316,18 +310,6 @@ def _steps(level_set: LevelSet) -> tuple[Tensor, Tensor]:
     if len(table) > 256 or len(starts) > 32:
         starts = starts[:0]
     return starts.to(torch.uint8), steps[starts - 1].to(torch.uint8)
-
-
-def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """`torch.nn.functional.max_pool2d` of a float32 x [N, C, H, W] without NaN, in channels-last format, as the result."""
-    images, channels, *sizes = x.shape
-    out_sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation)
-    ]
-    out = x.new_empty((images, channels, *out_sizes)).contiguous(memory_format=torch.channels_last)
-    pairs = [(c_int64 * 2)(*pair) for pair in (kernel, stride, padding, dilation)]
-    library().max_pool(_Window(images, *sizes, channels, *out_sizes, *pairs), x.data_ptr(), out.data_ptr())
-    return out
 
 
 def fits_byte(level_set: LevelSet) -> bool:

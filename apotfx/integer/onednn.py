@@ -21,10 +21,12 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
-from apotfx.operators import Convolution
+from apotfx.operators import Convolution, exact_dtype
 
 SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them
-CACHED_FLOATS = 2**21  # of one activation; beyond the caches, memory is what a network waits for
+CACHED_FLOATS = 2**22  # of one activation; beyond the caches, memory is what a network waits for
+# Fewer multiplications than this are quicker in float32, as oneDNN's 8-bit operators take 40 us more to call (measured).
+WORTH_BYTES = 2**21
 
 
 def what_onednn_lacks(network: fx.GraphModule) -> str | None:
@@ -55,7 +57,8 @@ class CannotRun(Exception):
 
 def channels_innermost(x: Tensor) -> Tensor:
     """x in channels-last format if it has four dimensions, contiguous otherwise."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
 
 
 class ByteLayer(nn.Module):
@@ -83,30 +86,30 @@ class ByteLayer(nn.Module):
             self.layer.require_shape(codes.shape)
             if codes.dim() != 4 and isinstance(self.layer.geometry.operator, Convolution):
                 raise CannotRun
-            multiply = self.packed[codes.shape] = self._pack(codes.shape, self.layer.scale.reshape(-1))
+            multiply = self.packed[codes.shape] = self._operator(codes)
             if len(self.packed) > SHAPES_KEPT:
                 self.packed.popitem(last=False)
         return multiply(channels_innermost(codes))
 
-    def _pack(self, shape: torch.Size, scale: Tensor) -> Callable[[Tensor], Tensor]:
-        weight = self.layer.weight * self.sign.view(-1, *(1 for _ in self.layer.weight.shape[1:]))
-        return self.layer.geometry.operator.pack_bytes(shape, self.zero_point, weight, scale, often=True)
+    def _operator(self, codes: Tensor) -> Callable[[Tensor], Tensor]:
+        layer, weight = self.layer, self._signed_weight()
+        operator, scale, zero_point = layer.geometry.operator, layer.scale, self.zero_point
+        is_exact = exact_dtype(layer.accumulator_bound, 256, codes.device) == torch.float32
+        if not is_exact or operator.multiplications(codes, weight) > WORTH_BYTES:
+            return operator.pack_bytes(codes.shape, zero_point, weight, scale.reshape(-1), often=True)
+        weight = channels_innermost(weight.float())
+        if zero_point:
+            return lambda codes: operator.forward(codes.float().sub_(zero_point), weight).mul_(scale)
+        return lambda codes: operator.forward(codes.float(), weight).mul_(scale)
+
+    def _signed_weight(self) -> Tensor:
+        return self.layer.weight * self.sign.view(-1, *(1 for _ in self.layer.weight.shape[1:]))
 
     def accumulators(self, codes: Tensor) -> Tensor:
         """The accumulators of an input of bytes, rounded to float32."""
-        y = self._pack(codes.shape, torch.ones(1))(codes)
-        return y * self.sign.view(self.layer.geometry.operator.channel_shape)
-
-
-class MaxPool(nn.Module):
-    """The largest value in every window; see `kernels.max_pool`."""
-
-    def __init__(self, settings: dict):
-        super().__init__()
-        self.window = [settings[key] for key in ("kernel", "stride", "padding", "dilation")]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.max_pool(channels_innermost(x), *self.window)
+        operator = self.layer.geometry.operator
+        y = operator.forward_bytes(channels_innermost(codes), self.zero_point, self._signed_weight(), torch.ones(1))
+        return y * self.sign.view(operator.channel_shape)
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,8 @@ class Expression:
         if operation.kind == "affine":
             return term.arithmetic.multiplier is None
         if operation.kind == "max_pool":
-            return term.layer is not None and _is_plain_pool(operation)
+            return term.layer is not None and len(operation["kernel"]) == 2
         return operation.kind == "add"
-
-
-def _is_plain_pool(operation: Operation) -> bool:
-    return len(operation["kernel"]) == 2 and not operation["ceil_mode"]
 
 
 class Pointwise(nn.Module):
@@ -173,16 +172,23 @@ class Pointwise(nn.Module):
         self.axes = frozenset().union(*(term.axes for term in expression.terms))
         self.single = len(layers) + keep_float == 1
         self.run = kernels.pointwise(
-            [term.arithmetic for term in expression.terms], expression.low, expression.high,
-            [layer.encoder for layer in layers], keep_float=keep_float,
-        )  # fmt: skip
+            [term.arithmetic for term in expression.terms],
+            expression.low,
+            expression.high,
+            [layer.encoder for layer in layers],
+            keep_float=keep_float,
+        )
 
-    def forward(self, *tensors: Tensor) -> Tensor | list[Tensor]:
-        dims = tensors[0].dim()
-        fits = dims == 2 or not self.axes or self.axes == {-1} or self.axes == {1} and dims == 4
-        if not fits or any(x.shape != tensors[0].shape for x in tensors):
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor | list[Tensor]:
+        if b is not None and b.shape != a.shape:
             raise CannotRun
-        results = self.run(*(x.contiguous() if -1 in self.axes else channels_innermost(x) for x in tensors))
+        a_innermost, b_innermost = channels_innermost(a), b if b is None else channels_innermost(b)
+        if self.axes and a.dim() != 2:
+            if self.axes == {-1}:
+                a_innermost, b_innermost = a.contiguous(), b if b is None else b.contiguous()
+            elif self.axes != {1} or a.dim() != 4:
+                raise CannotRun
+        results = self.run(a_innermost, b_innermost)
         return results[0] if self.single else results
 
 
@@ -220,7 +226,7 @@ class _Fusion:
             if operation.kind == "add":
                 terms = [self._take(x) for x in operation.inputs]
                 return Expression(tuple(term for inner in terms for term in inner.terms))
-            if operation.kind == "max_pool" and _is_plain_pool(operation):
+            if operation.kind == "max_pool" and len(operation["kernel"]) == 2:
                 return self._max_pool(operation)
             if operation.kind == "identity":
                 return self._take(operation.inputs[0])
@@ -255,7 +261,8 @@ class _Fusion:
             sign = torch.where(multiplier < 0, -1.0, 1.0)
             term.layer.sign = sign.to(torch.int8)
             term = replace(term, arithmetic=Term(None if bias is None else bias * sign, multiplier * sign, offset))
-        pooled = self._call(f"{operation.node.name}_pool", MaxPool(operation.settings), term.node)
+        arguments = [operation[key] for key in ("kernel", "stride", "padding", "dilation", "ceil_mode")]
+        pooled = self.graph.call_function(nn.functional.max_pool2d, (term.node, *arguments))
         return replace(inner, terms=(replace(term, node=pooled),))
 
     def _settle(self, node: fx.Node, expression: Expression) -> None:
@@ -298,7 +305,7 @@ class ByteNetwork(nn.Module):
 
     Attributes:
         reference: the network that it was made of.
-        fused: the graph of `ByteLayer`, `MaxPool` and `Pointwise`.
+        fused: the graph of `ByteLayer`, `Pointwise` and what is left of the reference.
     """
 
     def __init__(self, reference: fx.GraphModule):
@@ -333,7 +340,7 @@ class ByteNetwork(nn.Module):
             count = self.images_at_once[x.shape[1:]] = max(1, CACHED_FLOATS // meter.largest)
         if len(x) <= count:
             return self.fused(x)
-        return torch.cat([self.fused(part) for part in x.split(count)])
+        return torch.cat([self.fused(part) for part in x.tensor_split(-(-len(x) // count))])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteNetwork":
         moved = fn(torch.empty(0))
