@@ -16,6 +16,7 @@ from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset
 
 EXPORT, BEST = "integer", "best.pt"
+_METADATA = {"arch", "dataset", "in_channels", "num_classes", "dataset_image_size", "image_size", "mean", "std"}
 
 
 def export_metadata(config: TrainConfig, dataset: Dataset, image_size: int) -> dict:
@@ -66,14 +67,14 @@ class Exported:
         return qmodel.eval()
 
 
-def open_export(path: str | os.PathLike) -> Exported:
-    """The export that a run wrote.
+def find_export(path: str | os.PathLike) -> tuple[Path, Path | None]:
+    """(the directory of the export, the run's checkpoint that it was made of if that is beside it).
 
     Args:
         path: the run's directory, or its export (`integer/` in it, or a copy of that from elsewhere).
 
     Raises:
-        ApotfxError: neither of them, or an export that does not say which network it is of.
+        ApotfxError: neither of them.
     """
     path = Path(path)
     if (path / EXPORT / MANIFEST).is_file():
@@ -82,8 +83,19 @@ def open_export(path: str | os.PathLike) -> Exported:
         raise ApotfxError(
             f"{path}: no run with an export, and no export; expected {MANIFEST} or {EXPORT}/{MANIFEST} there"
         )
+    best = path.absolute().parent / BEST
+    return path, best if best.is_file() else None
+
+
+def open_export(path: str | os.PathLike) -> Exported:
+    """The export that a run wrote, at a path as `find_export` takes it.
+
+    Raises:
+        ApotfxError: as `find_export`; or an export that does not say which network it is of.
+    """
+    path, best = find_export(path)
     metadata = read_manifest(path / MANIFEST)["metadata"]
-    missing = sorted({"arch", "in_channels", "num_classes", "dataset_image_size", "image_size"} - metadata.keys())
+    missing = sorted(_METADATA - metadata.keys())
     if missing:
         raise ApotfxError(
             f"{path / MANIFEST}: its metadata lack {missing[0]}; pass the export of a run of tools/train.py"
@@ -94,5 +106,4 @@ def open_export(path: str | os.PathLike) -> Exported:
         num_classes=metadata["num_classes"],
         image_size=metadata["dataset_image_size"],
     )
-    best = path.parent / BEST
-    return Exported(path, metadata, float_model, best if best.is_file() else None)
+    return Exported(path, metadata, float_model, best)
