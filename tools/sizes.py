@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Print what an exported network takes on disk at 2 to 8 bits, as a Markdown table.
+
+python tools/sizes.py
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+from tabulate import tabulate
+from torch import fx, nn
+
+import apotfx
+from apotfx.errors import ApotfxError
+from apotfx.integer.manifest import WEIGHTS
+from apotfx.layers import QuantLayer
+from apotfx.levels import MAX_BITS, MIN_BITS
+from apotfx.models import build_model
+
+IMAGENET = {"in_channels": 3, "num_classes": 1000, "image_size": 224}
+
+
+def least_bytes(model: nn.Module, qmodel: fx.GraphModule) -> int:
+    """What the bits allow: each quantized weight at its bits, every other float at 32."""
+    bits = {
+        f"{name}.weight": layer.weight_quantizer.levels.bits
+        for name, layer in qmodel.named_modules()
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None
+    }
+    return sum(
+        -(-tensor.numel() * bits.get(name, 32) // 8)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    )
+
+
+def size(model: nn.Module, policy: apotfx.BitPolicy) -> tuple[int, int]:
+    """(bytes of the exported weights, bytes that the bits allow); neither depends on training."""
+    qmodel = apotfx.quantize(model, policy)
+    with tempfile.TemporaryDirectory() as directory:
+        path = apotfx.export_integer(qmodel, Path(directory) / "export")
+        return (path / WEIGHTS).stat().st_size, least_bytes(model, qmodel)
+
+
+def sizes(arch: str, scheme: str) -> str:
+    model, _ = build_model(arch, **IMAGENET)
+    float_bytes = len(safetensors.torch.save(model.state_dict()))
+    rows = [["float32", f"{float_bytes:,}", "100%", "", ""]]
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        got, least = size(model, apotfx.BitPolicy.default(bits, scheme))
+        rows.append([bits, f"{got:,}", f"{got / float_bytes:.2%}", f"{least:,}", f"{got / least - 1:+.2%}"])
+    headers = ["bits", f"{WEIGHTS}, bytes", "of float32", "the bits allow, bytes", "above"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["right"] * 5)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="torchvision/resnet18", help="as in tools/train.py, at ImageNet size")
+    parser.add_argument(
+        "--scheme", choices=["apot", "uniform"], default="apot", help="of all layers but first and last"
+    )
+    args = parser.parse_args(argv)
+    try:
+        print(sizes(args.arch, args.scheme))
+        return 0
+    except (ApotfxError, OSError) as error:
+        print(f"sizes.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
