@@ -46,7 +46,7 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
 
     Args:
         qmodel: what `quantize` returned, float32, on any device.
-        metadata: JSON that goes into the manifest as it is, such as the name of the architecture.
+        metadata: JSON that goes into the manifest, such as the name of the architecture; the schema reserves some keys.
 
     Raises:
         ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
