@@ -153,9 +153,11 @@ class QuantLayer(nn.Module):
             self.weight_quantizer.fit_first_batch(self.weight_quantizer.in_clip_units(self.weight))
 
     def _operand_dtype(self, x: Tensor) -> torch.dtype:
-        """In training whatever is fast; in evaluation what makes the accumulators exact."""
+        """In training whatever is fast; in evaluation what makes the accumulators exact, or nearly so for a float operand."""
         inputs, weights = self.input_quantizer, self.weight_quantizer
-        if not self.training and inputs is not None and weights is not None:
+        if not self.training:
+            if inputs is None or weights is None:
+                return torch.float64  # so that the order of summation does not matter
             bound = accumulator_bound(self.weight.shape, weights.levels.max, inputs.levels.max)
             return exact_dtype(bound, max(weights.levels.max, inputs.levels.max), x.device)
         if torch.is_autocast_enabled(x.device.type):

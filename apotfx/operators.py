@@ -28,8 +28,13 @@ class Convolution(NamedTuple):
         return (-1, *(1 for _ in self.stride))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        convolution, taps = without_idle_taps(self, x.shape[2:], w.shape[2:])
-        return torch.convolution(x, w[taps] if taps else w, None, *_arguments(convolution))
+        convolution, w = self.for_shape(x.shape, w)
+        return torch.convolution(x, w, None, *_arguments(convolution))
+
+    def for_shape(self, shape: torch.Size, w: Tensor) -> tuple["Convolution", Tensor]:
+        """The same for inputs of `shape`, without idle taps of w."""
+        convolution, taps = without_idle_taps(self, shape[2:], w.shape[2:])
+        return convolution, w[taps] if taps else w
 
     def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
         """Gradients for x and w, None where `needs` is false."""
@@ -71,9 +76,9 @@ class Convolution(NamedTuple):
         self, shape: torch.Size, zero_point: int, w: Tensor, scale: Tensor, often: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """`forward_bytes` for inputs of `shape`, with w in the layout that oneDNN takes, chosen for them if `often`."""
-        (stride, padding, dilation, groups), taps = without_idle_taps(self, shape[2:], w.shape[2:])
+        (stride, padding, dilation, groups), w = self.for_shape(shape, w)
         packed = torch.ops.onednn.qconv_prepack(
-            w[taps] if taps else w, scale, 1.0, zero_point, stride, padding, dilation, groups, shape if often else None
+            w, scale, 1.0, zero_point, stride, padding, dilation, groups, shape if often else None
         )
         zeros, run = _zeros(len(scale)), torch.ops.onednn.qconv2d_pointwise.default
         return lambda x: run(
@@ -126,6 +131,9 @@ class MatrixProduct(NamedTuple):
     """`x @ w.T`, a linear layer without bias."""
 
     channel_shape: tuple[int, ...] = (-1,)
+
+    def for_shape(self, shape: torch.Size, w: Tensor) -> tuple["MatrixProduct", Tensor]:
+        return self, w
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return x @ w.mT

@@ -111,8 +111,11 @@ class IntegerLayer(nn.Module):
         return F.encode(prepared, self.input_clip, self.encoding)
 
     def accumulate(self, n: Tensor) -> Tensor:
-        """The accumulators of a padded and encoded input: sums of products of levels, exact in the dtype they have."""
-        dtype = n.dtype
+        """The accumulators of a padded and encoded input: sums of products of levels, exact in the dtype they have.
+
+        With a float operand they are sums in float64, whose order hardly ever shows in float32.
+        """
+        dtype = torch.float64
         if self.is_integer:
             largest = max(self.input_levels.max, self.weight_levels.max)
             dtype = exact_dtype(self.accumulator_bound, largest, n.device)

@@ -35,6 +35,9 @@ def what_onednn_lacks(network: fx.GraphModule) -> str | None:
         return "no layer of the network fits 8-bit arithmetic"
     if any(tensor.device.type != "cpu" for tensor in network.buffers()):
         return "the network is not on the CPU"
+    for operation in operations(network):
+        if operation.in_place and len(operation.inputs[0].users) > 1:
+            return f"the operation {operation.node.name} overwrites what others read"
     return what_bytes_lack() or what_kernels_lack()
 
 
@@ -42,12 +45,14 @@ def _takes_bytes(module: nn.Module | None) -> bool:
     """Whether a layer can compute on bytes, exactly."""
     if not isinstance(module, IntegerLayer) or not module.is_integer or module.geometry.pad or has_hooks(module):
         return False
-    operator = module.geometry.operator
+    operator, signed = module.geometry.operator, module.input_levels.signed
+    # With a zero point the sums are of bytes, not of levels.
+    bound = 255 * module.weight.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
     return (
         kernels.fits_byte(module.input_levels)
         and kernels.fits_byte(module.weight_levels)
         and (not isinstance(operator, Convolution) or len(operator.stride) == 2)
-        and module.accumulator_bound < operator.byte_limit(module.input_levels.signed)
+        and bound < operator.byte_limit(signed)
     )
 
 
@@ -97,7 +102,8 @@ class ByteLayer(nn.Module):
         is_exact = exact_dtype(layer.accumulator_bound, 256, codes.device) == torch.float32
         if not is_exact or operator.multiplications(codes, weight) > WORTH_BYTES:
             return operator.pack_bytes(codes.shape, zero_point, weight, scale.reshape(-1), often=True)
-        weight = channels_innermost(weight.float())
+        operator, weight = operator.for_shape(codes.shape, weight.float())
+        weight = channels_innermost(weight)
         if zero_point:
             return lambda codes: operator.forward(codes.float().sub_(zero_point), weight).mul_(scale)
         return lambda codes: operator.forward(codes.float(), weight).mul_(scale)
@@ -169,6 +175,7 @@ class Pointwise(nn.Module):
 
     def __init__(self, expression: Expression, layers: list[ByteLayer], keep_float: bool):
         super().__init__()
+        self.made_of = expression, layers, keep_float
         self.axes = frozenset().union(*(term.axes for term in expression.terms))
         self.single = len(layers) + keep_float == 1
         self.run = kernels.pointwise(
@@ -181,15 +188,24 @@ class Pointwise(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor | list[Tensor]:
         if b is not None and b.shape != a.shape:
+            return self._broadcast(a, b)
+        tensors = [a] if b is None else [a, b]
+        if not self.axes or a.dim() == 2 or self.axes == {1} and a.dim() == 4:
+            results = self.run(*map(channels_innermost, tensors))
+        elif self.axes == {-1}:
+            results = self.run(*(x.contiguous() for x in tensors))
+        elif self.axes == {1}:
+            results = [x.movedim(-1, 1) for x in self.run(*(x.movedim(1, -1).contiguous() for x in tensors))]
+        else:
             raise CannotRun
-        a_innermost, b_innermost = channels_innermost(a), b if b is None else channels_innermost(b)
-        if self.axes and a.dim() != 2:
-            if self.axes == {-1}:
-                a_innermost, b_innermost = a.contiguous(), b if b is None else b.contiguous()
-            elif self.axes != {1} or a.dim() != 4:
-                raise CannotRun
-        results = self.run(a_innermost, b_innermost)
         return results[0] if self.single else results
+
+    def _broadcast(self, a: Tensor, b: Tensor) -> Tensor | list[Tensor]:
+        """Term by term, as the sum has another shape than one of them."""
+        expression, layers, keep_float = self.made_of
+        x, y = (Pointwise(Expression((term,)), [], True)(value) for term, value in zip(expression.terms, (a, b)))
+        plain = replace(expression, terms=(Summand(expression.terms[0].node),))
+        return Pointwise(plain, layers, keep_float)(x + y)
 
 
 class _Fusion:
@@ -321,23 +337,21 @@ class ByteNetwork(nn.Module):
         self.images_at_once: dict[torch.Size, int] = {}
 
     def forward(self, *tensors: Tensor, **more: Tensor) -> object:
-        if more or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in tensors):
+        fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in tensors)
+        if more or not fits or torch.is_autocast_enabled("cpu"):
             return self.reference(*tensors, **more)
         try:
-            if self.is_sequential and len(tensors) == 1:
-                return self._in_parts(tensors[0])
-            return self.fused(*tensors)
+            return self._in_parts(*tensors) if self.is_sequential else self.fused(*tensors)
         except CannotRun:
             return self.reference(*tensors)
 
     def _in_parts(self, x: Tensor) -> Tensor:
-        if len(x) < 2:
+        if len(x) < 2 or x.dim() not in (2, 4):
             return self.fused(x)
         count = self.images_at_once.get(x.shape[1:])
         if count is None:
-            meter = _LargestResult(self.fused)
-            meter.run(x[:1])
-            count = self.images_at_once[x.shape[1:]] = max(1, CACHED_FLOATS // meter.largest)
+            count = max(1, CACHED_FLOATS // _largest_output(self.fused, x[:1]))
+            self.images_at_once[x.shape[1:]] = count
         if len(x) <= count:
             return self.fused(x)
         return torch.cat([self.fused(part) for part in x.tensor_split(-(-len(x) // count))])
@@ -355,14 +369,14 @@ class ByteNetwork(nn.Module):
         return ByteNetwork, (self.reference,)  # what is packed is for one process
 
 
-class _LargestResult(fx.Interpreter):
-    """Runs a graph and keeps the number of elements of its largest tensor."""
-
-    largest = 1
-
-    def run_node(self, node: fx.Node) -> object:
-        result = super().run_node(node)
-        for x in result if isinstance(result, list) else [result]:
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.numel())
-        return result
+def _largest_output(network: fx.GraphModule, x: Tensor) -> int:
+    """The number of elements of the largest output of a byte layer."""
+    sizes = [1]
+    layers = [module for module in network.modules() if isinstance(module, ByteLayer)]
+    hooks = [layer.register_forward_hook(lambda *call: sizes.append(call[2].numel())) for layer in layers]
+    try:
+        network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(sizes)

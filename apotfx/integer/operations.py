@@ -5,9 +5,10 @@ The compiled backend and the translations to ONNX and C read a network through t
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
-from apotfx.analysis import rectified_range, torch_name
+from apotfx.analysis import IN_PLACE_OPERATORS, rectified_range, torch_name
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.reproducible import AVERAGE_POOLS, Average
@@ -25,7 +26,7 @@ class Operation:
             "identity"; "other".
         node: the node; its name is the operation's.
         inputs: the nodes that it reads.
-        module: of a layer or an affine operation; None otherwise.
+        module: that the node calls; None if it calls none.
         settings: as `kind` says.
     """
 
@@ -38,11 +39,39 @@ class Operation:
     def __getitem__(self, key: str):
         return self.settings[key]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it overwrites the first of its inputs."""
+        name = torch_name(self.node) or ""
+        overwrites = getattr(self.module, "inplace", False) or self.node.kwargs.get("inplace", False)
+        return bool(self.inputs) and (bool(overwrites) or name in IN_PLACE_OPERATORS or name.endswith("_"))
+
 
 def operations(network: fx.GraphModule) -> list[Operation]:
     """The operations of a network from `load_integer`, in order of execution."""
     modules = dict(network.named_modules())
     return [_operation(node, modules, network) for node in network.graph.nodes]
+
+
+def shapes(network: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
+    """The shape of every node's tensor for a single image of `input_shape`."""
+    recorder = _Shapes(network)
+    recorder.extra_traceback = False  # errors stay one line
+    recorder.run(torch.zeros(1, *input_shape))
+    return recorder.shapes
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, network: fx.GraphModule):
+        super().__init__(network)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    @torch.no_grad()
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.shapes[n] = result.shape
+        return result
 
 
 def refuse(operation: Operation, target: str) -> ApotfxError:
