@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 def folded_batch_norm(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """(multiplier, offset), each [C]: what a batch norm with running statistics does to a channel in evaluation."""
-    multiplier = (bn.running_var + bn.eps).sqrt().reciprocal()
+    dtype = bn.running_var.dtype
+    # In float64, as torch's square root of float32 is not correctly rounded, and another one on other machines.
+    multiplier = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
         multiplier = multiplier * bn.weight
     offset = -bn.running_mean * multiplier
-    return multiplier, offset if bn.bias is None else offset + bn.bias
+    return multiplier.to(dtype), (offset if bn.bias is None else offset + bn.bias).to(dtype)
 
 
 def affine(x: Tensor, multiplier: Tensor, offset: Tensor) -> Tensor:
@@ -70,14 +72,16 @@ def in_float64(average: Callable, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 class Average(nn.Module):
-    """A call of one of torch's functions that average, with the tensor first; in evaluation `in_float64`."""
+    """A call of one of torch's functions that average; in evaluation `in_float64`."""
 
     def __init__(self, function: Callable):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.function(x, *args, **kwargs) if self.training else in_float64(self.function, x, *args, **kwargs)
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if self.training:
+            return self.function(input, *args, **kwargs)
+        return in_float64(self.function, input, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return self.function.__name__

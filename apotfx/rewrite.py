@@ -239,7 +239,7 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
         module.__class__ = reproducible.REPRODUCIBLE.get(type(module), type(module))
     for node in list(graph_module.graph.nodes):
         averages = torch_name(node) in reproducible.AVERAGE_FUNCTIONS and "dtype" not in node.kwargs
-        if averages and node.args and isinstance(node.args[0], fx.Node):
+        if averages and isinstance((*node.args, node.kwargs.get("input"))[0], fx.Node):
             name = f"{node.name}_average"
             function = torch.mean if node.op == "call_method" else node.target
             graph_module.add_submodule(name, reproducible.Average(function).train(graph_module.training))
