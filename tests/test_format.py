@@ -266,6 +266,7 @@ def swap(header, data):
     (lambda header, data: header["fc.bias"].update(shape=[2**62, 2**62]), "not a safetensors file .*"),
     (lambda header, data: header["fc.bias"].update(shape=[-3]), "not a safetensors file .*"),
     (lambda header, data: header["fc.bias"].update(dtype="F33"), "not a safetensors file .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="F8_E8M0", shape=[12]), "not a safetensors file .*"),
     (lambda header, data: header["fc.bias"].pop("dtype"), "not a safetensors file .*"),
     (lambda header, data: data.extend(b"0000"), "not a safetensors file .*"),
     (lambda header, data: data.clear(), "not a safetensors file .*"),
@@ -275,7 +276,7 @@ def swap(header, data):
      r"'a\\nb' is .*, manifest.json says absent; export the model again"),
     (swap, "bn1.bias was altered .checksum.; export the model again"),
 ], ids=[
-    "longer", "large", "overflow", "negative", "unknown-type", "no-type", "more-data", "no-data", "type", "shape",
+    "longer", "large", "overflow", "negative", "unknown-type", "rare-type", "no-type", "more-data", "no-data", "type", "shape",
     "name", "swapped",
 ])  # fmt: skip
 def test_a_header_that_lies_is_refused_though_the_checksums_fit(change, message, export, exported):

@@ -128,11 +128,12 @@ def container_of(value, place):
 
 
 def random_place(rng, value):
-    """Each depth is as likely, so that the few keys that matter most are met as often as numbers in lists."""
-    depths = {}
+    """Each key is as likely, so that the few that matter most are met as often as those of many numbers."""
+    by_key = {}
     for place in places(value):
-        depths.setdefault(len(place), []).append(place)
-    return rng.choice(depths[rng.choice(sorted(depths))])
+        key = next((key for key in reversed(place) if isinstance(key, str)), "")
+        by_key.setdefault(key, []).append(place)
+    return rng.choice(by_key[rng.choice(sorted(by_key))])
 
 
 def mutate_json(rng: random.Random, original):
@@ -161,6 +162,11 @@ def mutate_json(rng: random.Random, original):
         else:
             container[key] = rng.choice(VALUES)
     return value
+
+
+def change_step(rng: random.Random, layer: dict) -> None:
+    """To one that may well be."""
+    layer[rng.choice(["weight", "input"])][rng.choice(["scale", "scale", "clip"])][0] *= rng.choice([2, 0.5])
 
 
 def written(rng: random.Random, manifest: dict, sign: bool) -> bytes:
@@ -206,8 +212,10 @@ def bytes_of_the_weights_signed(rng, files, other):
 
 def values_of_the_manifest(rng, files, other):
     manifest = json.loads(files[MANIFEST])
-    changed = manifest if rng.random() < 0.1 else mutate_json(rng, manifest)  # or only laid out otherwise
-    return files | {MANIFEST: written(rng, changed, sign=False)}
+    change = rng.choice(["layout", "step", *["any"] * 6])
+    if change == "step":
+        change_step(rng, rng.choice(manifest["layers"]))
+    return files | {MANIFEST: written(rng, mutate_json(rng, manifest) if change == "any" else manifest, sign=False)}
 
 
 def values_of_the_manifest_signed(rng, files, other):
@@ -217,7 +225,10 @@ def values_of_the_manifest_signed(rng, files, other):
 def values_of_a_layer_signed(rng, files, other):
     manifest = json.loads(files[MANIFEST])
     layer = rng.randrange(len(manifest["layers"]))
-    manifest["layers"][layer] = mutate_json(rng, manifest["layers"][layer])
+    if rng.random() < 0.1:
+        change_step(rng, manifest["layers"][layer])
+    else:
+        manifest["layers"][layer] = mutate_json(rng, manifest["layers"][layer])
     return files | {MANIFEST: written(rng, manifest, sign=True)}
 
 
@@ -287,7 +298,9 @@ def weight_scales(manifest: bytes) -> list:
 
 def may_differ(mutate, files: Files, mutated: Files) -> bool:
     """Whether a mutated export that is not refused may be another network."""
-    return mutate is contents_all_signed or weight_scales(mutated[MANIFEST]) != weight_scales(files[MANIFEST])
+    if mutate in (values_of_the_manifest_signed, values_of_a_layer_signed, header_and_manifest_signed):
+        return weight_scales(mutated[MANIFEST]) != weight_scales(files[MANIFEST])
+    return mutate is contents_all_signed
 
 
 @pytest.mark.parametrize("mutate", [
