@@ -128,6 +128,19 @@ class OddPadding(nn.Module):
         return self.c(relu(self.b(relu(self.a(x)))))
 
 
+class Shuffle(nn.Module):
+    """Views, which ask for a contiguous tensor, with sizes read from another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        n, c, h, w = x.size()
+        return self.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w))
+
+
 class Conv1d(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 6), nn.ReLU(),
@@ -138,6 +151,7 @@ NETWORKS = {
     "residual": (Residual, (4, 3, 9, 9)), "vgg": (vgg, (4, 3, 8, 8)), "perceptron": (perceptron, (6, 12)),
     "attention": (Attention, (3, 5, 8)), "pre-activation": (PreActivation, (4, 4, 6, 6)),
     "odd-padding": (OddPadding, (2, 3, 7, 7)), "conv1d": (Conv1d, (4, 3, 10)),
+    "shuffle": (Shuffle, (2, 4, 5, 5)),
     "resnet10": (lambda: build_model("resnet10", in_channels=1, num_classes=10, image_size=28)[0], (4, 1, 28, 28)),
 }  # fmt: skip
 every_network = pytest.mark.parametrize("make, shape", NETWORKS.values(), ids=NETWORKS)

@@ -23,6 +23,7 @@ from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
 from apotfx.operators import Convolution, exact_dtype
 
+NEED_CONTIGUOUS = ("view", "as_strided")  # methods that depend on how a tensor lies in memory
 SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them
 CACHED_FLOATS = 2**22  # of one activation; beyond the caches, memory is what a network waits for
 # Fewer multiplications than this are quicker in float32, as oneDNN's 8-bit operators take 40 us more to call (measured).
@@ -248,7 +249,11 @@ class _Fusion:
                 return self._take(operation.inputs[0])
         if node.op in ("call_module", "get_attr"):
             self.modules[node.target] = operator.attrgetter(node.target)(self.network)
-        return Expression((Summand(self.graph.node_copy(node, self.floats.__getitem__)),))
+        copied = self.graph.node_copy(node, self.floats.__getitem__)
+        if node.op == "call_method" and node.target in NEED_CONTIGUOUS:
+            with self.graph.inserting_before(copied):
+                copied.update_arg(0, self.graph.call_method("contiguous", (copied.args[0],)))
+        return Expression((Summand(copied),))
 
     def _take(self, node: fx.Node) -> Expression:
         """What `node` is as an expression, if it has been left to its reader; else its value."""
