@@ -5,6 +5,7 @@ from .engine import use_engine
 from .errors import ApotfxError
 from .integer.format import export_integer, read_integer
 from .integer.load import load_integer
+from .integer.verify import verify
 from .levels import LevelSet
 from .policy import BitPolicy, Rule
 from .rewrite import plan, quantize
@@ -23,4 +24,5 @@ __all__ = [
     "read_integer",
     "summary",
     "use_engine",
+    "verify",
 ]
