@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,33 @@ def test_float_model_to_integer_file_in_ones_own_loop(bits, scheme, tmp_path):
     imodel = apotfx.load_integer(tmp_path / "out", model)
     for batch in (images, images[:1], images[5:12].contiguous(memory_format=torch.channels_last)):
         assert torch.equal(imodel(batch), qmodel(batch))
+
+
+PRINT_BITS = """
+import hashlib, sys, torch, apotfx
+from apotfx.models import build_model
+model, _ = build_model("resnet10", in_channels=1, num_classes=10, image_size=28)
+qmodel = apotfx.quantize(model, apotfx.BitPolicy.default(bits=4))
+qmodel.load_state_dict(torch.load(sys.argv[2], weights_only=True))
+for network in (qmodel.eval(), *(apotfx.load_integer(sys.argv[1], model, backend=b) for b in ("reference", "onednn"))):
+    print(hashlib.sha256(network(torch.load(sys.argv[3])).detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_results_do_not_depend_on_the_instructions_that_a_processor_has(tmp_path):
+    """Torch's kernels and oneDNN's are others in each process; what they round, and in which order, must not be."""
+    torch.manual_seed(0)
+    model, _ = build_model("resnet10", in_channels=1, num_classes=10, image_size=28)
+    images = torch.randn(8, 1, 28, 28)
+    model(images)  # gives the batch norms statistics
+    qmodel = apotfx.calibrate(apotfx.quantize(model, apotfx.BitPolicy.default(bits=4)), [images]).eval()
+    files = apotfx.export_integer(qmodel, tmp_path / "out"), tmp_path / "state.pt", tmp_path / "images.pt"
+    torch.save(qmodel.state_dict(), files[1])
+    torch.save(images, files[2])
+    command = [sys.executable, "-W", "ignore", "-c", PRINT_BITS, *map(str, files)]
+    plain = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=True).stdout.split()
+        for more in ({}, plain)
+    ]
+    assert [len(digests) for digests in found] == [3, 3] and len({*found[0], *found[1]}) == 1
