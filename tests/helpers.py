@@ -217,3 +217,12 @@ def check_refused(path, model, message):
         with pytest.raises(ApotfxError, match=message) as error:
             read()
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# What the tools print.
+
+
+def table_rows(text):
+    """The cells of every row of the Markdown tables, headers included."""
+    lines = (line for line in text.splitlines() if line.startswith("| "))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -1,6 +1,5 @@
 """tools/bench.py as a user calls it, on tiny networks."""
 
-import importlib.util
 import json
 import re
 import statistics
@@ -10,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import table_rows
 
 ROOT = Path(__file__).parents[1]
 TINY = ["train", "--network", "stack", "--batch", "2", "--image-size", "8", "--rounds", "1", "--warmup", "1"]
 
-spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-bench = importlib.util.module_from_spec(spec)
-sys.modules["bench"] = bench  # where dataclasses look for it
-spec.loader.exec_module(bench)
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench
+import bench_common
+import bench_train
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +36,7 @@ def call(*flags):
 
 def tiny_case(**changes):
     settings = {"network": "stack", "batch": 2, "image_size": 8, "memory_format": "channels-last", "device": "cpu"}
-    return bench.Case(**settings | {"threads": 1, "width": 4, "depth": 2} | changes)
-
-
-def table_rows(text):
-    """The cells of every row of the Markdown tables, headers included."""
-    lines = (line for line in text.splitlines() if line.startswith("| "))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return bench_common.Case(**settings | {"threads": 1, "width": 4, "depth": 2} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +103,7 @@ def test_rounds_take_turns_and_the_table_has_the_median_ratio(monkeypatch, capsy
             calls.append(self.name)
             return next(self.times)
 
-    monkeypatch.setattr(bench, "Step", Scripted)
+    monkeypatch.setattr(bench_train, "Step", Scripted)
     assert call("--variants", "eager", "--rounds", 3) == 0
     f, e = seconds
     assert calls == [f, e, f, e, e, f, f, e]  # one step each to warm up, then each round begins with another one
@@ -118,7 +113,7 @@ def test_rounds_take_turns_and_the_table_has_the_median_ratio(monkeypatch, capsy
 
 
 def test_a_step_trains_and_repeats():
-    first, second = (bench.Step(tiny_case(), bench.Variant("eager", 4, "apot")) for _ in range(2))
+    first, second = (bench_train.Step(tiny_case(), bench_train.Variant("eager", 4, "apot")) for _ in range(2))
     start = {name: p.detach().clone() for name, p in first.model.named_parameters()}
     losses = [(first() and first.loss.item(), second() and second.loss.item()) for _ in range(5)]
     assert all(a == b for a, b in losses)
@@ -128,13 +123,13 @@ def test_a_step_trains_and_repeats():
 
 
 def test_clips_are_calibrated_before_the_first_step():
-    step = bench.Step(tiny_case(), bench.Variant("eager", 4, "apot"))
+    step = bench_train.Step(tiny_case(), bench_train.Variant("eager", 4, "apot"))
     assert [m.needs_clip for m in step.model.modules() if hasattr(m, "needs_clip")] == [False] * 6
 
 
 def test_the_memory_format_reaches_images_and_weights():
-    for name, memory_format in bench.MEMORY_FORMATS.items():
-        step = bench.Step(tiny_case(memory_format=name), bench.FLOAT)
+    for name, memory_format in bench_common.MEMORY_FORMATS.items():
+        step = bench_train.Step(tiny_case(memory_format=name), bench_train.FLOAT)
         assert step.images.is_contiguous(memory_format=memory_format)
         assert step.model[1][0].weight.is_contiguous(memory_format=memory_format)
 
@@ -152,7 +147,7 @@ def test_every_combination_of_levels_runs_beside_float_but_the_impossible_ones(c
 
 def variants_of(*flags):
     args = bench.make_parser().parse_args(["train", *flags])
-    return list(map(str, bench.chosen_variants(args)))
+    return list(map(str, bench_train.chosen_variants(args)))
 
 
 def test_defaults_leave_out_whole_model_compilation_and_sweep_on_int8():
@@ -185,21 +180,21 @@ def test_a_missing_package_skips_its_network(monkeypatch, capsys, tmp_path):
 
 
 def test_an_engine_that_does_not_work_here_is_skipped_and_not_replaced(monkeypatch):
-    slower = bench.choose("eager")._replace(reason="no compiled kernels: none")
-    monkeypatch.setattr(bench, "use_engine", lambda model, name: slower)
-    with pytest.raises(bench.Skip, match=r"only eager \(no compiled kernels: none\) works here"):
-        bench.Step(tiny_case(), bench.Variant("int8", 4, "apot"))
+    slower = bench_common.choose("eager")._replace(reason="no compiled kernels: none")
+    monkeypatch.setattr(bench_train, "use_engine", lambda model, name: slower)
+    with pytest.raises(bench_train.Skip, match=r"only eager \(no compiled kernels: none\) works here"):
+        bench_train.Step(tiny_case(), bench_train.Variant("int8", 4, "apot"))
 
 
 def step_or_skip(case, variant):
     try:
-        return bench.Step(case, variant)
-    except bench.Skip as skip:
+        return bench_train.Step(case, variant)
+    except bench_train.Skip as skip:
         pytest.skip(str(skip))
 
 
 def test_torch_ao_quantizes_weights_and_inputs_at_the_same_bits():
-    step = step_or_skip(tiny_case(depth=3), bench.Variant("torch.ao", 3, "uniform"))
+    step = step_or_skip(tiny_case(depth=3), bench_train.Variant("torch.ao", 3, "uniform"))
     weights = {
         name: (m.weight_fake_quant.quant_min, m.weight_fake_quant.quant_max)
         for name, m in step.model.named_modules()
@@ -211,7 +206,7 @@ def test_torch_ao_quantizes_weights_and_inputs_at_the_same_bits():
 
 @pytest.mark.filterwarnings("ignore")  # brevitas has some
 def test_brevitas_learns_scales_at_the_same_bits():
-    step = step_or_skip(tiny_case(depth=3), bench.Variant("brevitas", 3, "uniform"))
+    step = step_or_skip(tiny_case(depth=3), bench_train.Variant("brevitas", 3, "uniform"))
     layers = {name: m for name, m in step.model.named_modules() if hasattr(m, "weight_quant")}
     bits = {name: (int(m.weight_quant.bit_width()), int(m.input_quant.bit_width())) for name, m in layers.items()}
     assert bits == {"0.0": (8, 8), "1.0": (3, 3), "2.0": (3, 3), "5": (8, 8)}
@@ -222,13 +217,13 @@ def test_brevitas_learns_scales_at_the_same_bits():
 
 
 def test_memory_is_measured_in_a_fresh_process(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "MEMORY_PROCESSES", 1)
+    monkeypatch.setattr(bench_train, "MEMORY_PROCESSES", 1)
     ballast = torch.ones(2**27)  # 512 MiB, which a fresh process must not inherit
     path = tmp_path / "report.json"
     assert call("--variants", "eager", "--image-size", 16, "--batch", 16, "--memory", "--json", path) == 0
     floating, eager = json.loads(path.read_text())["networks"]["stack"]["variants"]
     for memory in (floating["memory"], eager["memory"]):
-        assert 0 < memory["before"] < memory["peak"] < bench.process_memory()[0] - 2**28
+        assert 0 < memory["before"] < memory["peak"] < bench_train.process_memory()[0] - 2**28
         assert memory["increase"] == memory["peak"] - memory["before"]
         # At least the outputs of eight convolutions, which the backward pass needs.
         assert memory["increase"] > 8 * 16 * 64 * 16 * 16 * 4
@@ -244,7 +239,7 @@ def test_memory_is_the_median_of_several_processes(monkeypatch, capsys):
         return {"before": 10 * 2**20, "peak": 10 * 2**20 + increase, "increase": increase}
 
     increases = iter(size * 2**20 for size in (4, 3, 8, 6, 9, 1))  # of float, then of eager
-    monkeypatch.setattr(bench, "in_fresh_process", fresh)
+    monkeypatch.setattr(bench_train, "in_fresh_process", fresh)
     assert call("--variants", "eager", "--memory") == 0
     floating, eager = table_rows(capsys.readouterr().out)[-2:]
     assert floating[3:] == ["14.0", "1.00", "4.0", "3.0 to 8.0", "1.00"]
@@ -260,7 +255,7 @@ def test_the_first_step_is_measured_with_an_empty_and_with_a_filled_cache(monkey
         (folder / "kernels.so").touch()
         return {"prepare": 2.0 / len(seen), "step": 0.5}
 
-    monkeypatch.setattr(bench, "in_fresh_process", fresh)
+    monkeypatch.setattr(bench_train, "in_fresh_process", fresh)
     assert call("--variants", "eager", "--first-step", "--json", path) == 0
     floating, _ = json.loads(path.read_text())["networks"]["stack"]["variants"]
     assert floating["first_step"]["empty_cache"] == {"prepare": 2.0, "step": 0.5}
@@ -272,7 +267,7 @@ def test_the_first_step_is_measured_with_an_empty_and_with_a_filled_cache(monkey
 
 
 def test_a_fresh_process_measures_the_first_step():
-    found = bench.in_fresh_process("first_step", tiny_case(), bench.FLOAT)
+    found = bench_train.in_fresh_process("first_step", tiny_case(), bench_train.FLOAT)
     assert set(found) == {"prepare", "step"} and min(found.values()) > 0
 
 
@@ -280,11 +275,11 @@ def test_a_fresh_process_that_fails_is_told(monkeypatch):
     def run(command, **kwargs):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nMemoryError: too much\n")
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench_train.subprocess, "run", run)
     with pytest.raises(
-        bench.ApotfxError, match=r"stack float: its process for memory failed \(MemoryError: too much\)"
+        bench_train.ApotfxError, match=r"stack float: its process for memory failed \(MemoryError: too much\)"
     ):
-        bench.in_fresh_process("memory", tiny_case(), bench.FLOAT)
+        bench_train.in_fresh_process("memory", tiny_case(), bench_train.FLOAT)
 
 
 @pytest.mark.parametrize("axis", ["batch", "width", "depth", "bits"])
@@ -295,30 +290,30 @@ def test_growth_changes_one_thing_at_a_time(axis, monkeypatch, capsys):
         measured.append((case, variant))
         return {"before": 0, "peak": len(measured) * 2**20, "increase": len(measured) * 2**20}
 
-    monkeypatch.setattr(bench, "in_fresh_process", fresh)
-    monkeypatch.setattr(bench, "MEMORY_PROCESSES", 1)
-    monkeypatch.setitem(bench.GROWTH, axis, (3, 5))
+    monkeypatch.setattr(bench_train, "in_fresh_process", fresh)
+    monkeypatch.setattr(bench_train, "MEMORY_PROCESSES", 1)
+    monkeypatch.setitem(bench_train.GROWTH, axis, (3, 5))
     args = bench.make_parser().parse_args([*TINY])
-    rows = bench.bench_growth(axis, tiny_case(), bench.Variant("eager", 4, "apot"), args)
+    rows = bench_train.bench_growth(axis, tiny_case(), bench_train.Variant("eager", 4, "apot"), args)
     assert [row[axis] for row in rows] == [3, 5]
     for i, value in enumerate((3, 5)):
         (float_case, floating), (case, variant) = measured[2 * i : 2 * i + 2]
         assert float_case == case == (tiny_case() if axis == "bits" else tiny_case(**{axis: value}))
-        assert floating == bench.FLOAT
-        assert variant == bench.Variant("eager", value if axis == "bits" else 4, "apot")
+        assert floating == bench_train.FLOAT
+        assert variant == bench_train.Variant("eager", value if axis == "bits" else 4, "apot")
     header, *table = table_rows(capsys.readouterr().out)
     assert header[0] == axis
     assert [(row[0], row[4:]) for row in table] == [("3", ["1.0", "2.0", "2.00"]), ("5", ["3.0", "4.0", "1.33"])]
 
 
 def test_the_stack_has_the_width_and_depth_that_were_asked_for():
-    model = bench.build_stack(tiny_case(width=6, depth=3))
+    model = bench_common.build_stack(tiny_case(width=6, depth=3))
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert shapes == [(6, 3, 3, 3), (6, 6, 3, 3), (6, 6, 3, 3)]
 
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(bench.nn.functional, "cross_entropy", lambda y, labels: y.sum() * float("nan"))
+    monkeypatch.setattr(bench_train.nn.functional, "cross_entropy", lambda y, labels: y.sum() * float("nan"))
     assert call("--variants", "float") == 2
     assert "stack float: the loss became nan" in capsys.readouterr().err
 
@@ -352,7 +347,9 @@ def test_a_mistake_is_told_in_one_line(flags, message, capsys, monkeypatch, tmp_
 
 def test_without_a_command_the_error_names_it(capsys):
     assert bench.main([]) == 2
-    assert capsys.readouterr().err.startswith("bench.py: error: the following arguments are required: {train}")
+    assert capsys.readouterr().err.startswith(
+        "bench.py: error: the following arguments are required: {train,inference}"
+    )
 
 
 def test_help_says_what_the_default_leaves_out(capsys):
@@ -365,5 +362,5 @@ def test_help_says_what_the_default_leaves_out(capsys):
 
 def test_quartiles():
     values = [5.0, 1.0, 4.0, 2.0, 3.0, 9.0]
-    assert bench.quartiles(values) == pytest.approx(statistics.quantiles(values, n=4, method="inclusive"))
-    assert bench.quartiles([7.0]) == (7, 7, 7)
+    assert bench_common.quartiles(values) == pytest.approx(statistics.quantiles(values, n=4, method="inclusive"))
+    assert bench_common.quartiles([7.0]) == (7, 7, 7)
