@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOAT32_EXACT = 2**24  # integers, and sums of integers, are exact in float32 below this
 BFLOAT16_EXACT = 2**8
@@ -35,6 +35,17 @@ class Convolution(NamedTuple):
         """The same for inputs of `shape`, without idle taps of w."""
         convolution, taps = without_idle_taps(self, shape[2:], w.shape[2:])
         return convolution, w[taps] if taps else w
+
+    def as_matrix_product(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward`, in two dimensions, as one matrix product per group (im2col), which no library takes for Winograd's."""
+        convolution, w = self.for_shape(x.shape, w)
+        stride, padding, dilation, groups = convolution
+        columns = nn.functional.unfold(x, w.shape[2:], dilation, padding, stride)  # [N, C_in * kernel, positions]
+        columns = columns.unflatten(1, (groups, -1))
+        y = w.reshape(groups, w.shape[0] // groups, -1) @ columns  # [N, groups, C_out / groups, positions]
+        spans = (d * (k - 1) + 1 for d, k in zip(dilation, w.shape[2:]))
+        sizes = [(n + 2 * p - span) // s + 1 for n, p, span, s in zip(x.shape[2:], padding, spans, stride)]
+        return y.reshape(len(x), -1, *sizes)
 
     def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
         """Gradients for x and w, None where `needs` is false."""
@@ -135,6 +146,9 @@ class MatrixProduct(NamedTuple):
     def for_shape(self, shape: torch.Size, w: Tensor) -> tuple["MatrixProduct", Tensor]:
         return self, w
 
+    def as_matrix_product(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.forward(x, w)
+
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return x @ w.mT
 
@@ -208,6 +222,18 @@ def exact_dtype(bound: int, max_level: int, device: torch.device) -> torch.dtype
     exact = bound < FLOAT32_EXACT and max_level <= BFLOAT16_EXACT
     direct = device.type == "cpu" and HAS_ONEDNN and torch.backends.mkldnn.enabled
     return torch.float32 if exact and direct else torch.float64
+
+
+def accumulators(operator: Operator, n_x: Tensor, n_w: Tensor, bound: int, max_level: int) -> Tensor:
+    """`operator(n_x, n_w)` of integer-valued tensors, exact; the arguments are those of `exact_dtype`.
+
+    On a GPU a convolution that float32 holds is a matrix product there, in TF32 or bfloat16 if the user lets it: products
+    of such levels are exact in them, and sums are kept in float32.
+    """
+    dtype = exact_dtype(bound, max_level, n_x.device)
+    if n_x.device.type == "cuda" and bound < FLOAT32_EXACT and max_level <= BFLOAT16_EXACT and n_x.dim() in (2, 4):
+        return operator.as_matrix_product(n_x.float(), n_w.float())
+    return operator.forward(n_x.to(dtype), n_w.to(dtype))
 
 
 def scaled_op(n_x: Tensor, n_w: Tensor, scale: Tensor, operator: Operator, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from apotfx.operators import (
     MatrixProduct,
     accumulator_bits,
     accumulator_bound,
+    accumulators,
     exact_dtype,
     output_scale,
     scaled_op,
@@ -203,6 +204,32 @@ def test_bits_of_an_accumulator(low, high, bits):
 
 def test_exact_dtype_on_a_gpu_is_float64():
     assert exact_dtype(1, 1, torch.device("cuda")) == torch.float64
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.startswith(("conv2d", "linear"))])
+def test_a_convolution_as_a_matrix_product(name):
+    """What a GPU runs; on integers, so that every order of summation gives the same."""
+    operator, shape_x, shape_w = OPERATORS[name]
+    x, w = integers(*shape_x, dtype=torch.float32), integers(*shape_w, seed=1, dtype=torch.float32)
+    assert torch.equal(operator.as_matrix_product(x, w), operator.forward(x, w))
+
+
+@pytest.mark.parametrize("bound, max_level, is_product", [
+    (2**24 - 1, 256, True), (2**24, 256, False), (2**24 - 1, 257, False),
+])  # fmt: skip
+def test_accumulators_on_a_gpu_are_a_matrix_product_where_float32_holds_them(bound, max_level, is_product):
+    class OnGpu(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        @property
+        def device(self):
+            return torch.device("cuda")
+
+    operator, shape_x, shape_w = OPERATORS["conv2d-grouped"]
+    x, w = integers(*shape_x, dtype=torch.float32), integers(*shape_w, seed=1, dtype=torch.float32)
+    y = accumulators(operator, x.as_subclass(OnGpu), w, bound, max_level)
+    assert y.dtype == (torch.float32 if is_product else torch.float64)
+    assert torch.equal(y.as_subclass(torch.Tensor).double(), operator.forward(x, w).double())
 
 
 def test_accumulators_are_exact_without_onednn(monkeypatch):

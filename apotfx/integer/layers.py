@@ -8,7 +8,7 @@ from apotfx import reproducible
 from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.operators import Convolution, exact_dtype, output_scale
+from apotfx.operators import Convolution, accumulators, output_scale
 
 
 class IntegerLayer(nn.Module):
@@ -115,11 +115,11 @@ class IntegerLayer(nn.Module):
 
         With a float operand they are sums in float64, whose order hardly ever shows in float32.
         """
-        dtype = torch.float64
-        if self.is_integer:
-            largest = max(self.input_levels.max, self.weight_levels.max)
-            dtype = exact_dtype(self.accumulator_bound, largest, n.device)
-        return self.geometry.operator.forward(n.to(dtype), self.weight.to(dtype))
+        operator = self.geometry.operator
+        if not self.is_integer:
+            return operator.forward(n.double(), self.weight.double())
+        largest = max(self.input_levels.max, self.weight_levels.max)
+        return accumulators(operator, n, self.weight, self.accumulator_bound, largest)
 
     def extra_repr(self) -> str:
         return (
