@@ -192,8 +192,8 @@ def spread(values: tuple[float, float, float], show: Callable[[float], str]) -> 
     return [median, f"{low} to {high}"]
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.1f}"
+def milliseconds(seconds: float, decimals: int = 1) -> str:
+    return f"{1000 * seconds:.{decimals}f}"
 
 
 class Report:

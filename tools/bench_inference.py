@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import bench_common
 import torch
 from bench_common import (
     NETWORKS,
@@ -34,7 +36,7 @@ from bench_common import (
     some_of,
     spread,
     time_in_turns,
-)  # fmt: skip
+)
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -350,12 +352,8 @@ def split_time(sample: Sample, rounds: int) -> dict[str, float]:
     return split | {"rest": max(0.0, split["all"] - sum(split[part] for part in PARTS))}
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}"
-
-
-def ratio(value: float) -> str:
-    return f"{value:.2f}"
+ratio = "{:.2f}".format
+milliseconds = functools.partial(bench_common.milliseconds, decimals=2)
 
 
 def print_case(results: dict[str, dict]) -> None:
@@ -405,6 +403,29 @@ def part_cells(parts: dict[str, float]) -> list[str]:
     return [milliseconds(parts["all"]), *shares]
 
 
+def bench_network(name: str, names: list[str], args: argparse.Namespace) -> dict:
+    """Measure and print all cases of one network; its part of the JSON file."""
+    image_size = args.image_size or NETWORKS[name].image_size
+    case = functools.partial(Case, name, image_size=image_size, memory_format="channels-last", device="cpu")
+    policy = apotfx.BitPolicy.default(bits=args.bits, scheme=args.scheme)
+    cases = []
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            subject = Subject(case(batch=CALIBRATION_BATCHES * CALIBRATION_IMAGES, threads=1), policy, Path(directory))
+        except Skip as skip:
+            skipped = {name: str(skip)}
+            print_skipped(skipped)
+            return {"cases": [], "skipped": skipped}
+        for batch, threads in itertools.product(args.batch or BATCHES.get(name, USUAL_BATCHES), args.threads):
+            here = case(batch=batch, threads=threads)
+            print(f"## {here}, {threads} thread{'s' * (threads > 1)}\n")
+            results, skipped = measure(subject, here, names, args.rounds, args.warmup)
+            print_case(results)
+            print_skipped(skipped)
+            cases.append(asdict(here) | {"variants": results, "skipped": skipped})
+    return {"cases": cases, "skipped": {}}
+
+
 def run_inference(args: argparse.Namespace) -> None:
     names = [BASE, *(name for name in MODES if name in (args.variants or MODES) and name != BASE)]
     facts = {
@@ -414,30 +435,11 @@ def run_inference(args: argparse.Namespace) -> None:
         **describe_machine("cpu", args.threads),
     }
     report = Report(args, facts, networks={})
-    cases = []
+    networks = report.parts["networks"]
     for name in args.network:
-        image_size = args.image_size or NETWORKS[name].image_size
-        case = functools.partial(Case, name, image_size=image_size, memory_format="channels-last", device="cpu")
-        found = report.parts["networks"][name] = {"cases": [], "skipped": {}}
-        with tempfile.TemporaryDirectory() as directory:
-            policy = apotfx.BitPolicy.default(bits=args.bits, scheme=args.scheme)
-            images = CALIBRATION_BATCHES * CALIBRATION_IMAGES
-            try:
-                subject = Subject(case(batch=images, threads=1), policy, Path(directory))
-            except Skip as skip:
-                found["skipped"][name] = str(skip)
-                print_skipped(found["skipped"])
-                continue
-            for batch in args.batch or BATCHES.get(name, USUAL_BATCHES):
-                for threads in args.threads:
-                    here = case(batch=batch, threads=threads)
-                    print(f"## {here}, {threads} thread{'s' * (threads > 1)}\n")
-                    results, skipped = measure(subject, here, names, args.rounds, args.warmup)
-                    print_case(results)
-                    print_skipped(skipped)
-                    found["cases"].append(asdict(here) | {"variants": results, "skipped": skipped})
-                    report.save()
-        cases += found["cases"]
+        networks[name] = bench_network(name, names, args)
+        report.save()
+    cases = [case for network in networks.values() for case in network["cases"]]
     if cases:
         print_summary(cases)
 

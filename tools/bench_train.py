@@ -36,7 +36,7 @@ from bench_common import (
     some_of,
     spread,
     time_in_turns,
-)  # fmt: skip
+)
 from torch import nn
 
 import apotfx
