@@ -11,7 +11,9 @@ from torch import fx, nn
 from apotfx.analysis import IN_PLACE_OPERATORS, rectified_range, torch_name
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
+from apotfx.layers import QUANT_LAYERS
 from apotfx.reproducible import AVERAGE_POOLS, Average
+from apotfx.rewrite import ByMode
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Operation:
     """One node.
 
     Attributes:
-        kind: "input"; "output"; "layer" (an IntegerLayer); "affine" (an Affine); "clamp" (to `low`, `high`, which may be
-            infinite); "add" (two tensors); "max_pool" and "average_pool" (`kernel`, `stride`, `padding` and, for a
-            maximum, `dilation`, one number per dimension; `ceil_mode`; `count_include_pad`); "global_average"
-            (over `dims`, with or without `keepdim`); "flatten" (from dimension 1 on); "concatenate" (along `dim`);
-            "identity"; "other".
+        kind: "input"; "output"; "layer" (an IntegerLayer); "float_layer" (one that the policy left in float); "affine" (an
+            Affine); "clamp" (to `low`, `high`, which may be infinite); "add" (two tensors); "max_pool" and
+            "average_pool" (`kernel`, `stride`, `padding` and, for a maximum, `dilation`, one number per dimension;
+            `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, with or without `keepdim`);
+            "adaptive_average" (to `output`, one size per dimension, None to keep it); "flatten" (from dimension 1 on);
+            "concatenate" (along `dim`, no tensor twice); "constant" (a number or flag, which no operation lists among
+            its inputs); "identity"; "other".
         node: the node; its name is the operation's.
         inputs: the nodes that it reads.
         module: that the node calls; None if it calls none.
@@ -86,7 +90,7 @@ def refuse(operation: Operation, target: str) -> ApotfxError:
 
 
 def _operation(node: fx.Node, modules: dict[str, nn.Module], network: fx.GraphModule) -> Operation:
-    inputs = tuple(node.all_input_nodes)
+    inputs = tuple(x for x in node.all_input_nodes if not isinstance(modules.get(x.target), ByMode))
     if node.op in ("placeholder", "output"):
         return Operation("input" if node.op == "placeholder" else "output", node, inputs)
     module = modules[node.target] if node.op == "call_module" else None
@@ -94,6 +98,10 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module], network: fx.GraphMo
         return Operation("layer", node, inputs, module)
     if isinstance(module, Affine):
         return Operation("affine", node, inputs, module)
+    if isinstance(module, ByMode):
+        return Operation("constant", node)
+    if type(module) in QUANT_LAYERS:
+        return Operation("float_layer", node, inputs, module)
     limits = rectified_range(node, modules)
     if limits is not None:
         return Operation("clamp", node, inputs, module, {"low": limits[0], "high": limits[1]})
@@ -116,7 +124,8 @@ def _interpret(node: fx.Node, module: nn.Module | None, network: fx.GraphModule)
         return ("add", {}) if plain and len(node.all_input_nodes) == 2 else ("other", {})
     if name in ("cat", "concat"):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        return ("concatenate", {"dim": dim}) if isinstance(node.args[0], (list, tuple)) else ("other", {})
+        distinct = node.args and list(node.args[0]) == node.all_input_nodes
+        return ("concatenate", {"dim": dim}) if distinct else ("other", {})
     if name == "flatten":
         dims = (*node.args[1:], *node.kwargs.values())
         return ("flatten", {}) if dims in ((1,), (1, -1)) else ("other", {})
@@ -153,18 +162,13 @@ def _window(settings: dict, dims: int) -> dict:
 
 def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
     if isinstance(average, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-        dims = _dims(average)
-        if _per_dim(average.output_size, dims) == (1,) * dims:
-            return "global_average", {"dims": tuple(range(2, 2 + dims)), "keepdim": True}
-        return "other", {}
+        return _adaptive_average(average.output_size, _dims(average))
     if isinstance(average, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         window = _window(vars(average), _dims(average))
         return ("average_pool", window) if getattr(average, "divisor_override", None) is None else ("other", {})
     name, rest = average.function.__name__, node.args[1:]
     if name.startswith("adaptive_avg_pool") and not node.kwargs:
-        dims = int(name[-2])
-        if _per_dim(rest[0], dims) == (1,) * dims:
-            return "global_average", {"dims": tuple(range(2, 2 + dims)), "keepdim": True}
+        return _adaptive_average(rest[0], int(name[-2]))
     if name == "mean":
         dims = node.kwargs.get("dim", rest[0] if rest else None)
         keepdim = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
@@ -174,3 +178,10 @@ def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
             if rank4 == (2, 3):
                 return "global_average", {"dims": rank4, "keepdim": keepdim}
     return "other", {}
+
+
+def _adaptive_average(output: object, dims: int) -> tuple[str, dict]:
+    output = _per_dim(output, dims)
+    if output == (1,) * dims:
+        return "global_average", {"dims": tuple(range(2, 2 + dims)), "keepdim": True}
+    return "adaptive_average", {"output": output}

@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Translate an exported network to ONNX or C.
+
+python tools/export.py runs/resnet18-apot4-mnist --format onnx --data data
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tabulate import tabulate
+from torch import Tensor, fx
+
+from apotfx.errors import ApotfxError
+from apotfx.integer.load import load_integer
+from apotfx.integer.verify import NetworkComparison, Tally
+from apotfx.training.data import eval_batches, load_dataset
+from apotfx.training.exported import Exported, open_export
+
+BATCH_SIZE = 250
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("path", metavar="RUN_OR_EXPORT", help="a run's directory, or its export (integer/ in it or a copy)")
+    p.add_argument("--format", required=True, choices=("onnx", "c"))
+    p.add_argument(
+        "--output",
+        type=Path,
+        help="new file (onnx) or directory (c); default integer.onnx or integer-c beside the export",
+    )
+    p.add_argument(
+        "--flavour",
+        choices=("exact", "qdq"),
+        help="of onnx: exact equals the network in every bit (default); qdq, for uniform levels, is what the 8-bit paths "
+        "of other runtimes recognise",
+    )
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="existing data: compare the ONNX file in onnxruntime on the test images",
+    )
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.format == "c" and (args.flavour or args.data):
+        raise ApotfxError(f"{'--flavour' if args.flavour else '--data'}: is for --format onnx")
+    exported = open_export(args.path)
+    network = load_integer(exported.path, exported.float_model)
+    output = args.output or exported.path.absolute().parent / f"{exported.path.absolute().name}{SUFFIXES[args.format]}"
+    WRITERS[args.format](network, output, exported, args)
+    size = sum(file.stat().st_size for file in (output.rglob("*") if output.is_dir() else [output]))
+    print(f"{output}: {size:,} bytes")
+    if args.data is not None:
+        compare(network, output, exported, args.data)
+
+
+def write_onnx(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
+    from apotfx.integer.onnx import export_onnx
+
+    export_onnx(network, output, input_shape=exported.input_shape, flavour=args.flavour or "exact")
+
+
+def write_c(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
+    from apotfx.integer.c import export_c
+
+    export_c(network, output, input_shape=exported.input_shape, metadata=exported.metadata)
+
+
+WRITERS = {"onnx": write_onnx, "c": write_c}
+SUFFIXES = {"onnx": ".onnx", "c": "-c"}
+
+
+def compare(network: fx.GraphModule, path: Path, exported: Exported, data: Path) -> None:
+    from apotfx.integer.onnx import compare_onnx
+
+    print(report(compare_onnx(network, path, test_images(exported, data))))
+
+
+def test_images(exported: Exported, data: Path) -> Iterator[Tensor]:
+    m = exported.metadata
+    dataset = load_dataset(m["dataset"], data, image_size=m["dataset_image_size"])
+    how = {"mean": tuple(m["mean"]), "std": tuple(m["std"]), "image_size": m["image_size"], "device": "cpu"}
+    return (images for images, _ in eval_batches(dataset.test, batch_size=BATCH_SIZE, **how))
+
+
+def report(comparison: NetworkComparison) -> str:
+    nodes = comparison.nodes.values()
+    rows = [[node.name, differing([node.codes]), differing([node.accumulators])] for node in nodes]
+    rows.append(["total", differing([node.codes for node in nodes]), differing([node.accumulators for node in nodes])])
+    table = tabulate(rows, ["layer", "codes differ", "accumulators differ"], colalign=("left", "right", "right"))
+    return (
+        f"\nonnxruntime and the integer network:\n\n{table}\n\nlogits differ: {differing([comparison.logits])}, by at most "
+        f"{comparison.logits.largest:.3g}\npredictions differ: {differing([comparison.predictions])}"
+    )
+
+
+def differing(tallies: list[Tally]) -> str:
+    compared = sum(tally.compared for tally in tallies)
+    return f"{sum(tally.differing for tally in tallies)} of {compared}" if compared else "-"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except (ApotfxError, OSError) as error:
+        print(f"export.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
