@@ -38,7 +38,7 @@ def _write_and_rename(path: Path, data: bytes) -> None:
 def require_new(path: Path) -> None:
     """Raises: ApotfxError: there is something at `path`, where an export is to be written."""
     if os.path.lexists(path):
-        raise ApotfxError(f"export {path}: exists already; choose a new directory or remove it")
+        raise ApotfxError(f"export {path}: exists already; choose another path or remove it")
 
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:

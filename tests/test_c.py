@@ -472,7 +472,7 @@ def test_an_existing_path_is_refused_and_kept(existing, tmp_path):
     }[existing]()  # fmt: skip
     network, _ = small_network(Perceptron, tmp_path)
     before = path.lstat()
-    with pytest.raises(ApotfxError, match="exists already; choose a new directory or remove it"):
+    with pytest.raises(ApotfxError, match="exists already; choose another path or remove it"):
         write(network, path)
     assert path.lstat() == before
 

@@ -94,7 +94,7 @@ def test_an_existing_path_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("directory", "file", "link"):
-        with pytest.raises(ApotfxError, match=f"export .*/{name}: exists already; choose a new directory or remove it"):
+        with pytest.raises(ApotfxError, match=f"export .*/{name}: exists already; choose another path or remove it"):
             export_integer(qmodel, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "link"]
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "directory").iterdir())

@@ -495,7 +495,7 @@ def test_where_the_tool_writes_by_default(run, capsys):
     assert capsys.readouterr().out.startswith(f"{run / 'integer.onnx'}: ")
     assert call(run, "--format", "onnx") == 2
     assert capsys.readouterr().err == (
-        f"export.py: error: export {run / 'integer.onnx'}: exists already; choose a new directory or remove it\n"
+        f"export.py: error: export {run / 'integer.onnx'}: exists already; choose another path or remove it\n"
     )
 
 
