@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import INPUT_SHAPES, LEVEL_SETS, MIXED, Net, level_set_id
+from helpers import INPUT_SHAPES, LEVEL_SETS, MIXED, Net, level_set_id, policy
 from onnx import TensorProto
 from onnx_helpers import (
     NETWORKS,
@@ -48,6 +48,18 @@ def test_padding(tmp_path, mode, width):
     )  # fmt: skip
     _, file = check_exact(tmp_path, model, batch(3, width, 5, 7), BitPolicy.default(4))
     assert "Pad" in kinds(file) and ("Conv" in kinds(file)) == (width == 6)
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 32}, {"activation_bits": 32}], ids=["weight", "input"])
+def test_a_float_operand_in_a_shape_that_bytes_would_suit(tmp_path, bits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    x = batch(2, 16, 5, 5)
+    network = integer_network(tmp_path, model, x, policy(**{"weight_bits": 8, "activation_bits": 8, **bits}))
+    path, file = translate(tmp_path, network, x)
+    comparison = compare_onnx(network, path, [x])
+    assert comparison.logits.largest < 1e-4 and not comparison.predictions.differing
+    assert "MatMulInteger" not in kinds(file)
 
 
 def test_a_float_weight_and_a_float_input_and_a_float_layer(tmp_path):

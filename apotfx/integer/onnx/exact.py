@@ -30,7 +30,7 @@ class Exact(Translation):
     def translate_layer(self, operation: Operation, name: str, x: str) -> str:
         layer = operation.module
         n = x if layer.input_levels is None else self._encode(operation, name, x)
-        if layer.is_integer and _suits_bytes(layer):
+        if _suits_bytes(layer):
             y, is_int32 = self._in_bytes(operation, name, n), True
         elif layer.is_integer and layer.accumulator_bound >= FLOAT32_EXACT:
             y, is_int32 = self._in_double(operation, name, n), False
@@ -182,6 +182,8 @@ def byte_zero_point(layer: IntegerLayer) -> int:
 
 def _suits_bytes(layer: IntegerLayer) -> bool:
     """Whether a layer is computed, exactly and without loss of time, as a matrix product of bytes."""
+    if not layer.is_integer:
+        return False
     operator, (_, channels, *kernel) = layer.geometry.operator, layer.weight.shape
     suits = isinstance(operator, MatrixProduct) or (
         operator.groups == 1 and (math.prod(kernel) == 1 or channels >= LEAST_RUN)

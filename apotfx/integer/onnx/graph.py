@@ -247,6 +247,7 @@ class Translation(Graph):
 
 
 def is_uniform(levels: LevelSet | None) -> bool:
+    """Whether the magnitudes are all integers from 0 to the largest."""
     return levels is not None and levels.max == len(levels.ints) - 1
 
 
