@@ -15,6 +15,9 @@ from apotfx.layers import QUANT_LAYERS
 from apotfx.reproducible import AVERAGE_POOLS, Average
 from apotfx.rewrite import ByMode
 
+AVERAGE_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -129,7 +132,10 @@ def _interpret(node: fx.Node, module: nn.Module | None, network: fx.GraphModule)
     if name == "flatten":
         dims = (*node.args[1:], *node.kwargs.values())
         return ("flatten", {}) if dims in ((1,), (1, -1)) else ("other", {})
-    if name in ("dropout", "contiguous", "detach", "clone"):  # the network evaluates
+    if name in DROPOUTS:
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+        return ("other" if training is True else "identity"), {}  # what follows the mode is off
+    if name in ("contiguous", "detach", "clone"):
         return "identity", {}
     if name is not None and name.removeprefix("boolean_dispatch_").rstrip("123d") == "max_pool":
         arguments = node.normalized_arguments(network, normalize_to_only_use_kwargs=True)
@@ -169,6 +175,10 @@ def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
     name, rest = average.function.__name__, node.args[1:]
     if name.startswith("adaptive_avg_pool") and not node.kwargs:
         return _adaptive_average(rest[0], int(name[-2]))
+    if name.startswith("avg_pool"):
+        settings = dict(zip(AVERAGE_POOL_ARGUMENTS, rest)) | node.kwargs
+        if settings.get("divisor_override") is None:
+            return "average_pool", _window(settings, int(name[-2]))
     if name == "mean":
         dims = node.kwargs.get("dim", rest[0] if rest else None)
         keepdim = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from apotfx import ApotfxError, BitPolicy, calibrate, export_integer, load_integer, quantize
+from apotfx.integer.operations import operations, refuse
+
+
+class Net(nn.Module):
+    """A layer, an operation given as a function, and another layer that takes what comes of it."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.first, self.operation, self.last = nn.Conv2d(2, 4, 3), operation, nn.LazyConv2d(2, 1)
+
+    def forward(self, x):
+        return self.last(self.operation(self.first(x), self.training))
+
+
+def loaded(operation, tmp_path):
+    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = Net(operation).eval()
+    model(x)
+    qmodel = calibrate(quantize(model, BitPolicy.default(4)), [x]).eval()
+    return load_integer(export_integer(qmodel, tmp_path / "export"), model)
+
+
+def found(operation, tmp_path):
+    """The operations between the two layers that are no constants: (kind, settings)."""
+    kinds = [(o.kind, o.settings) for o in operations(loaded(operation, tmp_path)) if o.kind != "constant"]
+    assert [kind for kind, _ in (kinds[0], kinds[1], *kinds[-2:])] == ["input", "layer", "layer", "output"]
+    return kinds[2:-2]
+
+
+WINDOW = {"kernel": (3, 2), "stride": (2, 2), "padding": (1, 0), "dilation": (1, 1)}
+
+
+@pytest.mark.parametrize("operation, kind", [
+    (lambda x, _: torch.relu(x) + x, "add"), (lambda x, _: x.add(torch.relu(x)), "add"),
+    (lambda x, _: torch.cat([x, torch.relu(x)], dim=1), "concatenate"),
+    (lambda x, training: functional.dropout(x, 0.5, training), "identity"),
+    (lambda x, training: functional.dropout2d(x, training=training), "identity"),
+    (lambda x, _: x.contiguous(), "identity"), (lambda x, _: functional.dropout(x, 0.5, False), "identity"),
+    (lambda x, _: functional.relu6(x) * 2, "other"), (lambda x, _: torch.cat([x, x]), "other"),
+    (lambda x, _: functional.dropout(x), "other"), (lambda x, _: functional.gelu(x), "other"),
+    (lambda x, _: torch.add(x, x, alpha=2), "other"), (lambda x, _: x + 1, "other"),
+])  # fmt: skip
+def test_kinds(operation, kind, tmp_path):
+    """A dropout that its network does not turn off is none that can be left out."""
+    assert found(operation, tmp_path)[-1][0] == kind
+
+
+@pytest.mark.parametrize("operation, kind, settings", [
+    (lambda x, _: functional.max_pool2d(x, (3, 2), 2, (1, 0)), "max_pool", WINDOW),
+    (lambda x, _: functional.avg_pool2d(x, (3, 2), 2, (1, 0), count_include_pad=False), "average_pool",
+     {"kernel": (3, 2), "stride": (2, 2), "padding": (1, 0), "count_include_pad": False}),
+    (lambda x, _: functional.adaptive_avg_pool2d(x, 1), "global_average", {"dims": (2, 3), "keepdim": True}),
+    (lambda x, _: x.mean((-1, -2), keepdim=True), "global_average", {"dims": (2, 3), "keepdim": True}),
+    (lambda x, _: functional.relu6(x) + torch.relu(x), "add", {}),
+])  # fmt: skip
+def test_settings(operation, kind, settings, tmp_path):
+    got_kind, got = found(operation, tmp_path)[-1]
+    assert got_kind == kind and {key: got[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("limits, operation", [
+    ((0, torch.inf), lambda x: torch.relu(x)), ((0, 6), lambda x: functional.relu6(x)), ((0, torch.inf), lambda x: x.relu()),
+])  # fmt: skip
+def test_clamps(limits, operation, tmp_path):
+    """One that a signed layer's addition reads too is not absorbed."""
+    kinds = found(lambda x, _: operation(x) + x, tmp_path)
+    assert kinds[0] == ("clamp", {"low": limits[0], "high": limits[1]})
+
+
+@pytest.mark.parametrize("operation, in_place", [
+    (lambda x: functional.relu(x, inplace=True), True), (lambda x: x.relu_(), True), (lambda x: functional.relu(x), False),
+])  # fmt: skip
+def test_what_overwrites_its_input_says_so(operation, in_place, tmp_path):
+    network = loaded(lambda x, _: operation(x.clone()) + x, tmp_path)
+    (clamp,) = (o for o in operations(network) if o.kind == "clamp")
+    assert clamp.in_place is in_place
+
+
+def test_a_refusal_names_the_operation_and_the_target(tmp_path):
+    (other,) = (o for o in operations(loaded(lambda x, _: functional.gelu(x), tmp_path)) if o.kind == "other")
+    error = refuse(other, "C")
+    assert isinstance(error, ApotfxError) and "C: the operation gelu (gelu) cannot be expressed" in str(error)
