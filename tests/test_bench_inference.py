@@ -201,7 +201,8 @@ def test_the_time_of_onednn_is_split_by_what_its_nodes_are(tmp_path):
     with torch.inference_mode():
         expected = infer()
         timer = bench_inference.NodeTimer(infer.func.fused)
-        assert set(timer.measure(infer)) == set(bench_inference.PARTS) - {"rest"}
+        seconds = timer.measure(Sample(infer, 1))
+        assert {part for part, value in seconds.items() if value > 0} == set(bench_inference.PARTS) - {"rest"}
         layers = {name: timer.parts[name] for name in ("0.0", "1.0", "2.0", "5")}  # few products: the first, the last
         assert layers == {n: "8-bit layers" if n in ("1.0", "2.0") else "float layers" for n in layers}
         pointwise = {part for name, part in timer.parts.items() if name.endswith("_pointwise")}

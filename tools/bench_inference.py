@@ -292,31 +292,32 @@ class NodeTimer(fx.Interpreter):
         super().__init__(fused)
         self.seconds, self.parts = Counter(), {}
 
-    def measure(self, infer: Inference) -> Counter:
-        self.seconds = Counter()
+    def measure(self, sample: Sample) -> dict[str, float]:
+        """Seconds by part of one inference, the mean of a sample."""
         self.module.forward = self.run
         try:
-            infer()
+            sample.infer()
+            self.seconds.clear()
+            for _ in range(sample.calls):
+                sample.infer()
         finally:
             del self.module.forward
-        return self.seconds
+        return {part: self.seconds[part] / sample.calls for part in PARTS}
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> object:
+        module = self.fetch_attr(target)
         if target not in self.parts:
             with CalledOperators() as called:
-                super().call_module(target, args, kwargs)
-            self.parts[target] = part_of(self.fetch_attr(target), called.namespaces)
-        return self._timed(self.parts[target], super().call_module, target, args, kwargs)
+                module(*args, **kwargs)
+            self.parts[target] = part_of(module, called.namespaces)
+        return self._timed(self.parts[target], module, args, kwargs)
 
     def call_function(self, target: Callable, args: tuple, kwargs: dict) -> object:
-        return self._timed("other float", super().call_function, target, args, kwargs)
+        return self._timed("other float", target, args, kwargs)
 
-    def call_method(self, target: str, args: tuple, kwargs: dict) -> object:
-        return self._timed("other float", super().call_method, target, args, kwargs)
-
-    def _timed(self, part: str, call: Callable, *args) -> object:
+    def _timed(self, part: str, call: Callable, args: tuple, kwargs: dict) -> object:
         start = time.perf_counter()
-        result = call(*args)
+        result = call(*args, **kwargs)
         self.seconds[part] += time.perf_counter() - start
         return result
 
@@ -341,13 +342,11 @@ class CalledOperators(TorchDispatchMode):
 
 def split_time(sample: Sample, rounds: int) -> dict[str, float]:
     """Median seconds of each of `PARTS` in an inference by a `ByteNetwork`, and of the whole as "all"."""
-    timer, seconds = NodeTimer(sample.infer.func.fused), {part: [] for part in (*PARTS, "all")}
-    timer.measure(sample.infer)  # once more, as it runs every module twice
+    timer, seconds = NodeTimer(sample.infer.func.fused), {part: [] for part in ("all", *PARTS)}
     for _ in range(rounds):
-        seconds["all"].append(sample())
-        found = timer.measure(sample.infer)
-        for part in PARTS:
-            seconds[part].append(found[part])
+        found = timer.measure(sample) | {"all": sample()}
+        for part, values in seconds.items():
+            values.append(found[part])
     split = {part: quartiles(values)[1] for part, values in seconds.items()}
     return split | {"rest": max(0.0, split["all"] - sum(split[part] for part in PARTS))}
 
