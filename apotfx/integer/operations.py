@@ -15,6 +15,8 @@ from apotfx.layers import QUANT_LAYERS
 from apotfx.reproducible import AVERAGE_POOLS, Average
 from apotfx.rewrite import ByMode
 
+# Of torch's functions, which torch.fx cannot ask for them in every version.
+MAX_POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 AVERAGE_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
@@ -57,7 +59,7 @@ class Operation:
 def operations(network: fx.GraphModule) -> list[Operation]:
     """The operations of a network from `load_integer`, in order of execution."""
     modules = dict(network.named_modules())
-    return [_operation(node, modules, network) for node in network.graph.nodes]
+    return [_operation(node, modules) for node in network.graph.nodes]
 
 
 def shapes(network: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
@@ -92,7 +94,7 @@ def refuse(operation: Operation, target: str) -> ApotfxError:
     return ApotfxError(f"{target}: the operation {node.name} ({what}) cannot be expressed; remove it from the network")
 
 
-def _operation(node: fx.Node, modules: dict[str, nn.Module], network: fx.GraphModule) -> Operation:
+def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Operation:
     inputs = tuple(x for x in node.all_input_nodes if not isinstance(modules.get(x.target), ByMode))
     if node.op in ("placeholder", "output"):
         return Operation("input" if node.op == "placeholder" else "output", node, inputs)
@@ -108,11 +110,11 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module], network: fx.GraphMo
     limits = rectified_range(node, modules)
     if limits is not None:
         return Operation("clamp", node, inputs, module, {"low": limits[0], "high": limits[1]})
-    kind, settings = _interpret(node, module, network)
+    kind, settings = _interpret(node, module)
     return Operation(kind, node, inputs, module, settings)
 
 
-def _interpret(node: fx.Node, module: nn.Module | None, network: fx.GraphModule) -> tuple[str, dict]:
+def _interpret(node: fx.Node, module: nn.Module | None) -> tuple[str, dict]:
     if isinstance(module, (Average, *AVERAGE_POOLS)):
         return _average(node, module)
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
@@ -138,9 +140,9 @@ def _interpret(node: fx.Node, module: nn.Module | None, network: fx.GraphModule)
     if name in ("contiguous", "detach", "clone"):
         return "identity", {}
     if name is not None and name.removeprefix("boolean_dispatch_").rstrip("123d") == "max_pool":
-        arguments = node.normalized_arguments(network, normalize_to_only_use_kwargs=True)
-        if arguments is not None and not arguments.kwargs.get("return_indices"):
-            return "max_pool", _window(arguments.kwargs, dims=int(name[-2]))
+        arguments = dict(zip(MAX_POOL_ARGUMENTS, node.args)) | node.kwargs
+        if not arguments.get("return_indices"):
+            return "max_pool", _window(arguments, dims=int(name[-2]))
     return "other", {}
 
 
