@@ -9,7 +9,7 @@ from onnx_helpers import Vgg, batch, check_exact, constants, integer_network, la
 from torch import nn
 from torch.nn import functional
 
-from apotfx import ApotfxError, BitPolicy, LevelSet, Rule
+from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, export_integer, load_integer, quantize
 from apotfx.integer.onnx import export_onnx
 from apotfx.operators import MatrixProduct
 
@@ -80,6 +80,37 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, function, message):
     with pytest.raises(ApotfxError, match=message):
         translate(tmp_path, network, x)
     assert not (tmp_path / "exact.onnx").exists()
+
+
+class WithArgument(nn.Module):
+    """A second input, which has a default or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+
+
+class Optional(WithArgument):
+    def forward(self, x, mask=None):
+        return self.conv(x)
+
+
+class Required(WithArgument):
+    def forward(self, x, y):
+        return self.conv(x) + self.conv(y)
+
+
+@pytest.mark.parametrize("make, inputs, message", [
+    (Optional, 1, r"ONNX: the operation mask \(mask\) cannot be expressed"),
+    (Required, 2, "the network takes the inputs x, y, expected one"),
+])  # fmt: skip
+def test_more_than_one_input_is_refused(make, inputs, message, tmp_path):
+    x, model = batch(2, 2, 6, 6), make()
+    qmodel = quantize(model, BitPolicy.default(4))
+    qmodel(*[x] * inputs)
+    network = load_integer(export_integer(qmodel.eval(), tmp_path / "export"), model)
+    with pytest.raises(ApotfxError, match=message):
+        translate(tmp_path, network, x)
 
 
 def test_hooks_are_refused(tmp_path):

@@ -63,7 +63,16 @@ def operations(network: fx.GraphModule) -> list[Operation]:
 
 
 def shapes(network: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
-    """The shape of every node's tensor for a single image of `input_shape`."""
+    """The shape of every node's tensor for a single image of `input_shape`.
+
+    Raises:
+        ApotfxError: the network takes several inputs.
+    """
+    needed = [node.name for node in network.graph.nodes if node.op == "placeholder" and not node.args]
+    if len(needed) != 1:
+        raise ApotfxError(
+            f"the network takes the inputs {', '.join(needed)}, expected one; only such can be translated"
+        )
     recorder = _Shapes(network)
     recorder.extra_traceback = False  # errors stay one line
     recorder.run(torch.zeros(1, *input_shape))

@@ -106,6 +106,8 @@ class Translation(Graph):
         return helper.make_tensor_value_info(self.values[node], TensorProto.FLOAT, shape)
 
     def translate_input(self, operation: Operation, name: str) -> str:
+        if operation.node not in self.shapes:  # an input with a default that is no tensor
+            raise refuse(operation, "ONNX")
         return name
 
     def translate_clamp(self, operation: Operation, name: str, x: str) -> str:
