@@ -50,3 +50,11 @@ def test_an_image_of_another_shape_is_refused(model_type, shape, message, tmp_pa
     with pytest.raises(ApotfxError, match=f"^{re.escape(message)}; pass images of the size and the channels"):
         imodel(torch.zeros(shape))
     assert imodel(torch.zeros(INPUT_SHAPES[model_type])).isfinite().all()
+
+
+def test_autocast_changes_nothing(tmp_path):
+    qmodel, model = trained(policy(scheme="uniform", weight_bits=8, activation_bits=8))
+    imodel = load_integer(export_integer(qmodel, tmp_path / "export"), model)
+    expected = imodel(data())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(imodel(data()), expected)

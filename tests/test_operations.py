@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 
 from apotfx import ApotfxError, BitPolicy, calibrate, export_integer, load_integer, quantize
-from apotfx.integer.operations import operations, refuse
+from apotfx.integer.operations import operations, refuse, shapes
 
 
 class Net(nn.Module):
@@ -86,3 +86,20 @@ def test_a_refusal_names_the_operation_and_the_target(tmp_path):
     (other,) = (o for o in operations(loaded(lambda x, _: functional.gelu(x), tmp_path)) if o.kind == "other")
     error = refuse(other, "C")
     assert isinstance(error, ApotfxError) and "C: the operation gelu (gelu) cannot be expressed" in str(error)
+
+
+@pytest.mark.parametrize("network", [
+    nn.Sequential(nn.Linear(2, 2)), torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))),
+    quantize(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), BitPolicy.default(4)),
+], ids=["module", "float", "quantized"])  # fmt: skip
+def test_networks_without_integer_layers_are_refused(network):
+    with pytest.raises(
+        ApotfxError, match="network: expected what load_integer.* returns with backend reference, got a"
+    ):
+        operations(network)
+
+
+@pytest.mark.parametrize("shape", [None, 5, (2, 0, 8), (2, -1, 8), (2.0, 8, 8), (True, 8, 8)], ids=str)
+def test_shapes_that_no_image_has_are_refused(shape, tmp_path):
+    with pytest.raises(ApotfxError, match="input_shape .*: expected sizes of at least 1"):
+        shapes(loaded(lambda x, _: x, tmp_path), shape)

@@ -558,3 +558,8 @@ def test_a_damaged_checkpoint_gives_2(run, capsys):
     (run / "best.pt").write_bytes(b"PK")
     assert call(run) == 2
     assert capsys.readouterr().err.startswith(f"verify.py: error: checkpoint {run}/best.pt: ")
+
+
+def test_batches_of_images_and_labels_are_refused():
+    with pytest.raises(ApotfxError, match="verify: expected batches that are tensors of images, got a tuple"):
+        compare(nn.Identity(), {}, [(torch.zeros(1), torch.zeros(1))])

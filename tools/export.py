@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--flavour",
         choices=("exact", "qdq"),
-        help="of onnx: exact equals the network in every bit (default); qdq, for uniform levels, is what the 8-bit paths "
-        "of other runtimes recognise",
+        help="of onnx: exact equals the network in every bit, but for layers that are left in float (default); qdq, for "
+        "uniform levels, is what the 8-bit paths of other runtimes recognise",
     )
     p.add_argument(
         "--data",
@@ -45,17 +45,18 @@ def make_parser() -> argparse.ArgumentParser:
     return p
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> bool:
+    """Whether the results are equal, where that was asked for and is to be expected."""
     if args.format == "c" and (args.flavour or args.data):
         raise ApotfxError(f"{'--flavour' if args.flavour else '--data'}: is for --format onnx")
     exported = open_export(args.path)
     network = load_integer(exported.path, exported.float_model)
+    images = None if args.data is None else test_images(exported, args.data)
     output = args.output or exported.path.absolute().parent / f"{exported.path.absolute().name}{SUFFIXES[args.format]}"
     WRITERS[args.format](network, output, exported, args)
     size = sum(file.stat().st_size for file in (output.rglob("*") if output.is_dir() else [output]))
     print(f"{output}: {size:,} bytes")
-    if args.data is not None:
-        compare(network, output, exported, args.data)
+    return images is None or compare(network, output, images) or args.flavour == "qdq"
 
 
 def write_onnx(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
@@ -74,10 +75,13 @@ WRITERS = {"onnx": write_onnx, "c": write_c}
 SUFFIXES = {"onnx": ".onnx", "c": "-c"}
 
 
-def compare(network: fx.GraphModule, path: Path, exported: Exported, data: Path) -> None:
+def compare(network: fx.GraphModule, path: Path, images: Iterator[Tensor]) -> bool:
+    """Whether onnxruntime computes the same."""
     from apotfx.integer.onnx import compare_onnx
 
-    print(report(compare_onnx(network, path, test_images(exported, data))))
+    comparison = compare_onnx(network, path, images)
+    print(report(comparison))
+    return comparison.first is None
 
 
 def test_images(exported: Exported, data: Path) -> Iterator[Tensor]:
@@ -104,11 +108,10 @@ def differing(tallies: list[Tally]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
+    """The exit code: 0; 1 if an exact file computes something else; 2 for a user's mistake or a failing disk."""
     args = make_parser().parse_args(argv)
     try:
-        run(args)
-        return 0
+        return 0 if run(args) else 1
     except (ApotfxError, OSError) as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         return 2

@@ -46,6 +46,8 @@ def export_c(
     """
     path = Path(path)
     require_new(path)
+    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
+        raise ApotfxError(f"C: input_shape {input_shape!r}: expected (channels, height, width)")
     write_directory(path, _Program(network, input_shape).files(metadata))
     return path
 
@@ -248,9 +250,10 @@ class _Program:
         for key in ("mean", "std"):
             values = metadata.get(key)
             plain = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
-            if not plain or len(values) != channels:
+            if not plain or len(values) != channels or (key == "std" and min(values) <= 0):
+                above = " above 0" if key == "std" else ""
                 raise ApotfxError(
-                    f"C: the metadata have the {key} {values}, expected {channels} numbers; pass the export of a run"
+                    f"C: the metadata have the {key} {values}, expected {channels} numbers{above}; pass the export of a run"
                 )
             statistics[key] = ", ".join(_float(value) for value in values)
         return f"""#ifndef APOTFX_NETWORK_H

@@ -116,10 +116,11 @@ class IntegerLayer(nn.Module):
         With a float operand they are sums in float64, whose order hardly ever shows in float32.
         """
         operator = self.geometry.operator
-        if not self.is_integer:
-            return operator.forward(n.double(), self.weight.double())
-        largest = max(self.input_levels.max, self.weight_levels.max)
-        return accumulators(operator, n, self.weight, self.accumulator_bound, largest)
+        with torch.autocast(n.device.type, enabled=False):
+            if not self.is_integer:
+                return operator.forward(n.double(), self.weight.double())
+            largest = max(self.input_levels.max, self.weight_levels.max)
+            return accumulators(operator, n, self.weight, self.accumulator_bound, largest)
 
     def extra_repr(self) -> str:
         return (

@@ -57,7 +57,16 @@ class Operation:
 
 
 def operations(network: fx.GraphModule) -> list[Operation]:
-    """The operations of a network from `load_integer`, in order of execution."""
+    """The operations of a network from `load_integer`, in order of execution.
+
+    Raises:
+        ApotfxError: it is not one with the backend "reference".
+    """
+    if not isinstance(network, fx.GraphModule) or not any(isinstance(m, IntegerLayer) for m in network.modules()):
+        raise ApotfxError(
+            f"network: expected what load_integer(path, float_model) returns with backend reference, got a "
+            f"{type(network).__name__} without its integer layers"
+        )
     modules = dict(network.named_modules())
     return [_operation(node, modules) for node in network.graph.nodes]
 
@@ -66,8 +75,12 @@ def shapes(network: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[fx.Nod
     """The shape of every node's tensor for a single image of `input_shape`.
 
     Raises:
-        ApotfxError: the network takes several inputs.
+        ApotfxError: the network takes several inputs; or the shape is none.
     """
+    if not isinstance(input_shape, (tuple, list)) or not all(type(size) is int and size > 0 for size in input_shape):
+        raise ApotfxError(
+            f"input_shape {input_shape!r}: expected sizes of at least 1, such as (channels, height, width)"
+        )
     needed = [node.name for node in network.graph.nodes if node.op == "placeholder" and not node.args]
     if len(needed) != 1:
         raise ApotfxError(

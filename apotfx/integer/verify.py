@@ -306,6 +306,8 @@ def compare(
     observed: dict[str, tuple[int, int]] = {}
     first_image = 0
     for images in batches:
+        if not isinstance(images, Tensor):
+            raise ApotfxError(f"verify: expected batches that are tensors of images, got a {type(images).__name__}")
         streams = {label: _steps(network, images) for label, network in others.items()}
         upcoming = {label: next(stream) for label, stream in streams.items()}
         for step in _steps(expected, images):
