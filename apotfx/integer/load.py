@@ -21,7 +21,9 @@ from apotfx.rewrite import absorb_rectifiers, make_reproducible, swap_layers, tr
 BACKENDS = ("reference", "onednn")
 
 
-def load_integer(path: str | os.PathLike, float_model: nn.Module, backend: str = "reference") -> fx.GraphModule:
+def load_integer(
+    path: str | os.PathLike, float_model: nn.Module, backend: str = "reference"
+) -> fx.GraphModule | ByteNetwork:
     """The exported network as a module that computes on integers, with the structure of `float_model`.
 
     Its results equal, in every bit, those of the quantized model in evaluation mode.
@@ -34,7 +36,8 @@ def load_integer(path: str | os.PathLike, float_model: nn.Module, backend: str =
             says so once and the network is the reference.
 
     Returns:
-        A GraphModule in evaluation mode, on the device of `float_model`. With "onednn" it stays on the CPU.
+        A GraphModule in evaluation mode, on the device of `float_model`; or, with "onednn", a `ByteNetwork`, which
+        stays on the CPU and refuses NaN.
 
     Raises:
         ApotfxError: as `read_integer`; or the export does not fit the model, with the name of what does not.
