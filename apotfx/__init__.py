@@ -10,6 +10,7 @@ from .levels import LevelSet
 from .policy import BitPolicy, Rule
 from .rewrite import plan, quantize
 from .summary import summary
+from .tracing import trace
 
 __all__ = [
     "ApotfxError",
@@ -23,6 +24,7 @@ __all__ = [
     "quantize",
     "read_integer",
     "summary",
+    "trace",
     "use_engine",
     "verify",
 ]

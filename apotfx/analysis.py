@@ -1,15 +1,19 @@
 """Facts about a traced graph: which layers there are, the sign of their inputs, what stands around them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from .layers import QUANT_LAYERS
+from .attention import obstacle
+from .layers import FunctionalLayer, float_type_of, kind_of
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
+# What multiplies with weights besides them, and has no quantized version.
+OTHER_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear"}
 
 # Modules, functions and methods of torch and torchvision by what they do to the sign of their input.
 NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
@@ -50,6 +54,12 @@ class LayerFacts:
         is_last: no other layer comes after it.
         feeds_batch_norm: its only consumer is a batch norm.
         obstacle: why it cannot be quantized; None if it can.
+        kind: what it computes, whatever it is called: "Conv1d" to "Conv3d", "ConvTranspose1d" to "ConvTranspose3d",
+            "Linear"; "" for what cannot be quantized.
+        depthwise: a convolution that reads a single input channel for every output channel.
+        kernel_size: of a convolution; () for a linear layer.
+        sign_reason: why `signed_input` is what it is.
+        position_reason: why `is_first` and `is_last` are what they are.
     """
 
     name: str
@@ -59,78 +69,200 @@ class LayerFacts:
     is_last: bool
     feeds_batch_norm: bool
     obstacle: str | None
+    kind: str = ""
+    depthwise: bool = False
+    kernel_size: tuple[int, ...] = ()
+    sign_reason: str = ""
+    position_reason: str = ""
 
 
-def analyze(root: nn.Module, graph: fx.Graph) -> list[LayerFacts]:
+def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) -> list[LayerFacts]:
     """Facts on every conv and linear layer of `root`, whose traced graph is `graph`, in order of execution.
 
-    A layer that the graph never calls, as it lies inside a module or function that tracing keeps whole, comes last,
-    with an obstacle. A module called several times is described by all its calls together.
+    A layer inside a module that tracing keeps whole is listed where that is called; a layer that nothing calls comes
+    last, with an obstacle. A module called several times is described by all its calls together.
+
+    Args:
+        graph: after `rewrite.layers_as_modules`; empty for a model that could not be traced.
+        leaves: per module that could not be traced why; "" for `root` itself.
     """
     modules = dict(root.named_modules())
-    calls: dict[tuple[str, str], list[fx.Node]] = {}  # a functional call may bear the name of a module
+    calls: dict[str, list[fx.Node]] = {}
+    inside: dict[str, list[str]] = {}  # by leaf, the layers that it hides
     for node in graph.nodes:
-        if name := _layer_name(node, modules):
-            calls.setdefault((node.op, name), []).append(node)
+        module = modules[node.target] if node.op == "call_module" else None
+        if is_layer(module) or isinstance(module, OTHER_LAYERS):
+            calls.setdefault(node.target, []).append(node)
+        elif module is not None and (hidden := _hidden_layers(node.target, modules, leaves)):
+            calls.setdefault(node.target, []).append(node)
+            inside[node.target] = hidden
+        elif node.op == "call_function" and _multiplies_weights(node):
+            calls[node.name] = [node]
 
-    layer_nodes = {node for nodes in calls.values() for node in nodes}
-    after_layer = _reached(graph.nodes, layer_nodes, lambda node: node.all_input_nodes)
-    before_layer = _reached(reversed(graph.nodes), layer_nodes, lambda node: node.users)
+    around = _Surroundings(graph, {node for nodes in calls.values() for node in nodes})
     non_negative = non_negative_nodes(graph, modules)
-
-    facts = [
-        LayerFacts(
-            name=name,
-            type=_type_name(nodes[0], modules),
-            signed_input=not all(non_negative[node.all_input_nodes[0]] for node in nodes),
-            is_first=any(node not in after_layer for node in nodes),
-            is_last=any(node not in before_layer for node in nodes),
-            feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
-            obstacle=_obstacle(nodes[0], modules),
-        )
-        for (_, name), nodes in calls.items()
-    ]
+    facts = []
+    for name, nodes in calls.items():
+        if name in inside:
+            facts += _hidden_facts(inside[name], name, modules, leaves, *around.position(nodes))
+        else:
+            facts.append(_facts(name, nodes, modules, non_negative, *around.position(nodes)))
+    if "" in leaves:
+        guess = "there is no graph; in order of registration"
+        facts += _hidden_facts(_hidden_layers("", modules, leaves), "", modules, leaves, True, True, guess)
+    known = {layer.name for layer in facts}
     return facts + [
-        LayerFacts(name, type(module).__name__, True, False, False, False, _hiding_place(name, modules, graph))
+        LayerFacts(
+            name, type(module).__name__, True, False, False, False, _uncalled(name, graph), _kind(module),
+            sign_reason="nothing calls it",
+        )
         for name, module in modules.items()
-        if is_layer(module) and ("call_module", name) not in calls
-    ]
+        if is_layer(module) and name not in known
+    ]  # fmt: skip
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether it is a convolution (also a transposed one) or a linear layer, or of a type derived from one."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, FunctionalLayer))
 
 
-def _layer_name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    if node.op == "call_module" and is_layer(modules[node.target]):
-        return node.target
-    return node.name if node.op == "call_function" and torch_name(node) in FUNCTIONAL_LAYERS else None
+def _multiplies_weights(node: fx.Node) -> bool:
+    """Whether a function that stayed one is a layer, or a product with something that is no result of the network."""
+    name = torch_name(node)
+    return name in FUNCTIONAL_LAYERS or name in PRODUCTS and any(x.op == "get_attr" for x in node.all_input_nodes)
 
 
-def _type_name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    return type(modules[node.target]).__name__ if node.op == "call_module" else f"F.{torch_name(node)}"
+def _hidden_layers(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str, str]) -> list[str]:
+    """What has weights inside the leaf: layers, and parameters that are matrices of modules that could not be traced."""
+    hidden = []
+    for name, module in modules[leaf].named_modules(prefix=leaf):
+        if name == leaf or module is not modules.get(name):
+            continue
+        if is_layer(module) or isinstance(module, OTHER_LAYERS):
+            hidden.append(name)
+    covered = tuple(f"{name}." for name in hidden)
+    for name, module in modules[leaf].named_modules(prefix=leaf) if leaf in leaves else ():
+        if name not in hidden and not name.startswith(covered) and not type(module).__module__.startswith("torch.nn"):
+            matrices = (key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 1)
+            hidden += [f"{name}.{key}" if name else key for key in matrices]
+    return hidden
 
 
-def _obstacle(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    if node.op == "call_function":
-        return "a functional call; use the module instead"
-    module = modules[node.target]
-    if type(module) not in QUANT_LAYERS:
-        supported = ", ".join(t.__name__ for t in QUANT_LAYERS)
-        return f"{type(module).__name__} is not one of {supported}"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is not a parameter of its own"
+def _facts(
+    name: str,
+    nodes: list[fx.Node],
+    modules: dict[str, nn.Module],
+    non_negative: dict[fx.Node, bool],
+    is_first: bool,
+    is_last: bool,
+    position_reason: str,
+) -> LayerFacts:
+    module = modules.get(name) if nodes[0].op == "call_module" else None
+    inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
+    signed = [x for x in inputs if not non_negative[x]]
+    return LayerFacts(
+        name=name,
+        type=_type_name(module, nodes[0]),
+        signed_input=bool(signed),
+        is_first=is_first,
+        is_last=is_last,
+        feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
+        obstacle=_obstacle(module, nodes[0]),
+        **_shape_facts(module),
+        sign_reason=_sign_reason((signed or inputs)[0], modules, bool(signed)) if inputs else "",
+        position_reason=position_reason,
+    )
+
+
+def _hidden_facts(
+    names: list[str],
+    leaf: str,
+    modules: dict[str, nn.Module],
+    leaves: Mapping[str, str],
+    is_first: bool,
+    is_last: bool,
+    reason: str,
+) -> list[LayerFacts]:
+    """Of the layers inside a leaf, whose inputs are not known; the first and the last of them stand at its ends."""
+    where = f"inside {_leaf_name(leaf, modules, leaves)}"
+    layers = [name for name in names if is_layer(modules.get(name, modules[leaf]))]
+    first, last = (layers[0], layers[-1]) if layers else (None, None)
+    return [
+        LayerFacts(
+            name=name,
+            type=type(modules[name]).__name__ if name in modules else "Parameter",
+            signed_input=True,
+            is_first=is_first and name == first,
+            is_last=is_last and name == last,
+            feeds_batch_norm=False,
+            obstacle=_hidden_obstacle(name, modules, where),
+            **_shape_facts(modules.get(name)),
+            sign_reason=f"not known {where}",
+            position_reason=reason if is_first and name == first or is_last and name == last else "",
+        )
+        for name in names
+    ]
+
+
+def _leaf_name(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str, str]) -> str:
+    reason = leaves.get(leaf)
+    what = f"{leaf or 'the model'} ({type(modules[leaf]).__name__})"
+    return f"{what}, which cannot be traced ({reason})" if reason else f"{what}, which tracing keeps whole"
+
+
+def _hidden_obstacle(name: str, modules: dict[str, nn.Module], where: str) -> str | None:
+    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
+    if module is None:
+        return f"a parameter {where}"
+    if isinstance(parent, nn.MultiheadAttention):
+        return f"its weight is read by {type(parent).__name__} ({obstacle(parent)})"
+    reason = _obstacle(module, None)
+    return f"{reason}, {where}" if reason and float_type_of(module) is None else reason
+
+
+def _type_name(module: nn.Module | None, node: fx.Node) -> str:
+    if module is None:
+        return f"{'F' if torch_name(node) in FUNCTIONAL_LAYERS else 'torch'}.{torch_name(node)}"
+    return f"F.{module.function}" if isinstance(module, FunctionalLayer) else type(module).__name__
+
+
+def _kind(module: nn.Module | None) -> str:
+    return kind_of(module) if module is not None and float_type_of(module) is not None else ""
+
+
+def _shape_facts(module: nn.Module | None) -> dict:
+    """Of a layer that can be quantized: its kind, its kernel, whether it is depthwise."""
+    kind = _kind(module)
+    kernel = () if kind in ("", "Linear") else tuple(module.kernel_size)
+    depthwise = bool(kernel) and module.groups > 1 and module.in_channels == module.groups
+    return {"kind": kind, "kernel_size": kernel, "depthwise": depthwise}
+
+
+def _obstacle(module: nn.Module | None, node: fx.Node | None) -> str | None:
+    if module is None:
+        if torch_name(node) in FUNCTIONAL_LAYERS:
+            return "its weight or its settings are computed from the network's input"
+        return "a product with a parameter that is no matrix of a linear layer"
+    if isinstance(module, nn.MultiheadAttention):
+        return obstacle(module)
+    if isinstance(module, OTHER_LAYERS):
+        return f"{type(module).__name__} has no quantized version"
+    if float_type_of(module) is None:
+        return f"{type(module).__name__} computes something of its own"
+    if isinstance(module, FunctionalLayer):
+        return None
+    parametrized = "weight" in getattr(module, "parametrizations", ())
+    if not parametrized and not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return (
+            "its weight is not a parameter of its own, but set by a hook; use torch.nn.utils.parametrizations instead of "
+            "torch.nn.utils.weight_norm"
+        )
+    if not module.weight.is_floating_point():
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not a floating-point type"
     return None
 
 
-def _hiding_place(name: str, modules: dict[str, nn.Module], graph: fx.Graph) -> str:
-    leaves = {node.target for node in graph.nodes if node.op == "call_module"}
-    path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        parent = ".".join(path[:depth])
-        if parent in leaves:
-            return f"inside {parent} ({type(modules[parent]).__name__}), which tracing keeps whole"
+def _uncalled(name: str, graph: fx.Graph) -> str:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == f"{name}.weight":
             users = ", ".join(sorted({torch_name(user) or str(user.target) for user in node.users}))
@@ -138,13 +270,49 @@ def _hiding_place(name: str, modules: dict[str, nn.Module], graph: fx.Graph) -> 
     return "never called by the model's forward"
 
 
-def _reached(nodes: Iterator[fx.Node], sources: set[fx.Node], neighbours) -> set[fx.Node]:
-    """The nodes that a path leads to from one of `sources`; `nodes` are in the direction of the paths."""
-    reached = set()
+class _Surroundings:
+    """Which nodes of a graph come before and after its layers."""
+
+    def __init__(self, graph: fx.Graph, layers: set[fx.Node]):
+        ends = {op: {node for node in graph.nodes if node.op == op} for op in ("placeholder", "output")}
+        self.after = _reached(graph.nodes, layers, lambda node: node.all_input_nodes)
+        self.before = _reached(reversed(graph.nodes), layers, lambda node: node.users)
+        self.fed = _reached(graph.nodes, ends["placeholder"], lambda node: node.all_input_nodes)
+        self.used = _reached(reversed(graph.nodes), ends["output"], lambda node: node.users)
+
+    def position(self, nodes: list[fx.Node]) -> tuple[bool, bool, str]:
+        """(whether one of a layer's calls is first, whether one is last, why)."""
+        first = any(node in self.fed and node not in self.after for node in nodes)
+        last = any(node in self.used and node not in self.before for node in nodes)
+        reasons = ["no layer before it"] * first + ["no layer after it"] * last
+        if not reasons:
+            before, after = self.after.get(nodes[0]), self.before.get(nodes[-1])
+            reasons = [f"after {before.name}"] * bool(before) + [f"before {after.name}"] * bool(after)
+        return first, last, ", ".join(reasons)
+
+
+def _reached(nodes: Iterator[fx.Node], sources: set[fx.Node], neighbours) -> dict[fx.Node, fx.Node]:
+    """The nodes that a path leads to from one of `sources`, each with the nearest such source that was found.
+
+    `nodes` are in the direction of the paths.
+    """
+    reached = {}
     for node in nodes:
-        if any(n in sources or n in reached for n in neighbours(node)):
-            reached.add(node)
+        for n in neighbours(node):
+            if n in sources or n in reached:
+                reached[node] = n if n in sources else reached[n]
+                break
     return reached
+
+
+def _sign_reason(node: fx.Node, modules: dict[str, nn.Module], signed: bool) -> str:
+    """Which operation decides the sign of `node`, found by going back over those that keep it."""
+    while len(node.all_input_nodes) == 1 and _preserves_sign(node, modules):
+        node = node.all_input_nodes[0]
+    if node.op == "placeholder":
+        return f"the network's input {node.name} can be negative"
+    what = type(modules[node.target]).__name__ if node.op == "call_module" else torch_name(node)
+    return f"{node.name} ({what or node.op}) {'can be' if signed else 'is never'} negative"
 
 
 def _feeds_batch_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -178,11 +346,11 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
             return module.min_val >= 0
         if isinstance(module, NON_NEGATIVE_MODULES):
             return True
-        return isinstance(module, PRESERVING_MODULES) and facts[node.all_input_nodes[0]]
+        return _preserves_sign(node, modules) and facts[node.all_input_nodes[0]]
     name = torch_name(node)
     if name in NON_NEGATIVE_FUNCTIONS:
         return True
-    if name in PRESERVING_FUNCTIONS:
+    if _preserves_sign(node, modules):
         return bool(node.all_input_nodes) and facts[node.all_input_nodes[0]]
     if name in ("clamp", "clamp_min"):
         low, high = (node.kwargs.get(key, (*node.args, None, None)[i]) for i, key in ((1, "min"), (2, "max")))
@@ -193,6 +361,12 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
     if name in COMBINING_FUNCTIONS:
         return all(_is_at_least_0(x, facts) for x in (*node.args, *node.kwargs.values()))
     return False
+
+
+def _preserves_sign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[node.target], PRESERVING_MODULES)
+    return torch_name(node) in PRESERVING_FUNCTIONS
 
 
 def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,15 @@ from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
-from .operators import BFLOAT16_EXACT, Convolution, MatrixProduct, Operator, accumulator_bound, exact_dtype
+from .operators import (
+    BFLOAT16_EXACT,
+    Convolution,
+    MatrixProduct,
+    Operator,
+    TransposedConvolution,
+    accumulator_bound,
+    exact_dtype,
+)
 from .quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -27,8 +36,11 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) or getattr(layer, "function", None) == "linear":
             return cls(MatrixProduct(), (), "constant")
+        if layer.transposed:
+            settings = (layer.stride, layer.padding, layer.output_padding, layer.dilation)
+            return cls(TransposedConvolution(*map(tuple, settings), layer.groups), (), "constant")
         # Padding that the operator cannot express itself (another mode than zeros, "same") goes before it.
         before = layer.padding_mode != "zeros" or layer.padding == "same"
         padding = (0,) * len(layer.stride) if before or layer.padding == "valid" else tuple(layer.padding)
@@ -36,9 +48,14 @@ class Geometry(NamedTuple):
         pad = tuple(layer._reversed_padding_repeated_twice) if before else ()
         return cls(operator, pad, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions of a convolution; 0 for a matrix product."""
+        return len(self.operator.channel_shape) - 1
+
     def prepare(self, x: Tensor) -> Tensor:
         """x with its padding and, for a convolution, with the batch dimension that it may lack."""
-        if isinstance(self.operator, Convolution) and x.dim() == len(self.operator.stride) + 1:
+        if self.dims and x.dim() == self.dims + 1:
             x = x.unsqueeze(0)
         return nn.functional.pad(x, self.pad, mode=self.pad_mode) if self.pad else x
 
@@ -48,12 +65,69 @@ class Geometry(NamedTuple):
             y = y + bias.reshape(self.operator.channel_shape)
         return y.squeeze(0) if y.dim() > x.dim() else y
 
+    def for_output_size(self, x: Tensor, kernel: Sequence[int], output_size: Sequence[int] | None) -> "Geometry":
+        """The same for a call of a transposed convolution that may ask for the size of its output."""
+        if output_size is None:
+            return self
+        operator = self.operator.for_output_size(x.shape[-self.dims :], kernel, output_size)
+        return self._replace(operator=operator)
+
+
+class FunctionalLayer(nn.Module):
+    """A call of `F.linear`, `F.conv1d` ... or `F.conv_transpose3d` as a module; weight and bias stay arguments.
+
+    Args:
+        function: its name in `torch.nn.functional`.
+        weight_shape: of the argument.
+        settings: of a convolution, by torch's names; ints or one per dimension, as torch takes them.
+    """
+
+    padding_mode = "zeros"
+
+    def __init__(self, function: str, weight_shape: torch.Size, **settings):
+        super().__init__()
+        self.function = function
+        self.kind = kind_of_function(function)
+        if self.kind == "Linear":
+            return
+        self.transposed, self.kernel_size = "transpose" in function, tuple(weight_shape[2:])
+        self.groups = settings.get("groups", 1)
+        self.in_channels = weight_shape[0] if self.transposed else weight_shape[1] * self.groups
+        defaults = {"stride": 1, "padding": 0, "dilation": 1} | ({"output_padding": 0} if self.transposed else {})
+        for key, default in defaults.items():
+            setattr(self, key, _per_dimension(settings.get(key, default), len(self.kernel_size)))
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+            self._reversed_padding_repeated_twice = [n for t in reversed(total) for n in (t // 2, t - t // 2)]
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        settings = {} if self.kind == "Linear" else {"stride": self.stride, "padding": self.padding}
+        settings |= {key: getattr(self, key) for key in ("output_padding", "groups", "dilation") if hasattr(self, key)}
+        return getattr(nn.functional, self.function)(input, weight, bias, **settings)
+
+    def extra_repr(self) -> str:
+        return self.function
+
+
+def _per_dimension(value: int | Sequence[int] | str, dims: int) -> tuple[int, ...] | str:
+    if isinstance(value, str):
+        return value
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
+def kind_of_function(name: str) -> str:
+    """The layer type that computes what a function of `torch.nn.functional` does: "ConvTranspose2d" for conv_transpose2d."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
 
 class QuantLayer(nn.Module):
     """What the quantized layers share. Mixed into a torch layer type, whose parameters and names it keeps.
 
     Attributes:
-        weight_quantizer: or None for a float weight.
+        kind: what it computes, by the name of torch's layer type.
+        name: in the network, for messages.
+        weight_quantizer: or None for a float weight. Layers that share their weight share it too.
         input_quantizer: or None for a float input.
         clip_grad_factor: multiplies the gradients of both clips.
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
@@ -62,6 +136,8 @@ class QuantLayer(nn.Module):
     """
 
     float_type: type[nn.Module]
+    kind: str
+    name: str = "quantized layer"
     rectifier: tuple[float, float] | None = None
     engine: Eager = EAGER
 
@@ -73,12 +149,12 @@ class QuantLayer(nn.Module):
         input_quantizer: InputQuantizer | None,
         clip_grad_factor: float = 1.0,
     ) -> "QuantLayer":
-        """A quantized layer around the parameters, hooks and mode of `layer`, which itself stays as it is.
+        """A quantized layer around the parameters, parametrizations, hooks and mode of `layer`, which stays as it is.
 
         Raises:
-            ApotfxError: `layer` is not exactly of `cls.float_type`; what a subclass computes is unknown.
+            ApotfxError: `layer` does not compute what `cls.float_type` does.
         """
-        if type(layer) is not cls.float_type:
+        if float_type_of(layer) is not cls.float_type:
             raise ApotfxError(f"{cls.__name__} replaces {cls.float_type.__name__}, got {type(layer).__name__}")
         quant = cls.__new__(cls)
         quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
@@ -86,37 +162,54 @@ class QuantLayer(nn.Module):
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
         quant.geometry = Geometry.of(layer)
-        for quantizer in quant.children():
-            quantizer.to(layer.weight.device).train(layer.training)
+        for quantizer in (weight_quantizer, input_quantizer):
+            if quantizer is not None:
+                quantizer.train(layer.training)
         return quant
 
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):
+            parametrizations = self._modules.get("parametrizations", ())
+            if name in parametrizations:
+                return parametrizations[name]()
+        return super().__getattr__(name)
+
     def forward(self, input: Tensor) -> Tensor:
-        prepared = self.geometry.prepare(input)
+        return self._compute(input, self.weight, self.bias, self.geometry)
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        if not input.is_floating_point():
+            raise ApotfxError(f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it")
+        prepared = geometry.prepare(input)
         if self.training:
-            self._fit_first_batch(prepared)
-        weights = self.weight_quantizer
+            self._fit_first_batch(prepared, weight)
+        quantizer = self.weight_quantizer
+        x, w = self._input_operand(prepared), self.weight_operand(weight)
         y = quantized_op(
-            self._input_operand(prepared),
-            self.weight_operand(),
-            operator=self.geometry.operator,
-            dtype=self._operand_dtype(prepared),
+            x,
+            w,
+            operator=geometry.operator,
+            dtype=self._operand_dtype(prepared, w.values.shape),
             exact=not self.training,
             clip_grad_factor=self.clip_grad_factor,
-            everywhere=weights is not None and weights.levels.bits == 2,
+            everywhere=quantizer is not None and quantizer.levels.bits == 2,
             engine=self.engine,
-        ).to(self.weight.dtype)
-        return self.geometry.finish(y, self.bias, input)
+        ).to(weight.dtype)
+        return geometry.finish(y, bias, input)
 
     @torch.no_grad()
     def codes_and_accumulators(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer computes on in evaluation: (levels of the padded input, sums of their products), integer-valued.
 
-        For a float input, or a float weight, its values stand for the levels.
+        Takes the arguments of `forward`. For a float input, or a float weight, its values stand for the levels.
         """
-        prepared = self.geometry.prepare(input)
-        codes, weight = self.engine.levels(self._input_operand(prepared)), self.engine.levels(self.weight_operand())
-        dtype = self._operand_dtype(prepared)
-        return codes, self.geometry.operator.forward(codes.to(dtype), weight.to(dtype))
+        return self._compute_integers(input, self.weight, self.geometry)
+
+    def _compute_integers(self, input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        prepared = geometry.prepare(input)
+        codes, n_w = self.engine.levels(self._input_operand(prepared)), self.engine.levels(self.weight_operand(weight))
+        dtype = self._operand_dtype(prepared, n_w.shape)
+        return codes, geometry.operator.forward(codes.to(dtype), n_w.to(dtype))
 
     def rectify(self, x: Tensor) -> Tensor:
         """x after the activation function that the layer has absorbed, if it has."""
@@ -128,37 +221,45 @@ class QuantLayer(nn.Module):
             return Operand(self.rectify(x), None, None, None)
         return Operand(x, quantizer.clip, None, F.Levels(quantizer.table, quantizer.levels, self.rectifier))
 
-    def weight_operand(self) -> Operand:
-        """The weight as the operator takes it."""
+    def weight_operand(self, weight: Tensor) -> Operand:
+        """The weight parameter (of a functional layer, the argument) as the operator takes it."""
+        weight = self.geometry.operator.from_parameter(weight)
         quantizer = self.weight_quantizer
         if quantizer is None:
-            return Operand(self.weight, None, None, None)
+            return Operand(weight, None, None, None)
         # In evaluation the same bits on every engine.
         standard_deviation = self.engine.standard_deviation if self.training else F.standard_deviation
-        weight, unit = quantizer.normalize(self.weight, standard_deviation)
+        weight, unit = quantizer.normalize(weight, standard_deviation)
         return Operand(weight, quantizer.clip, unit, quantizer.encoding)
 
     @torch.no_grad()
-    def integer_weight(self) -> tuple[Tensor, Tensor]:
-        """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product."""
+    def integer_weight(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product.
+
+        Args:
+            weight: of a functional layer, the argument.
+        """
         quantizer = self.weight_quantizer
-        weight, unit = quantizer.normalize(self.weight)
+        weight = self.geometry.operator.from_parameter(self.weight if weight is None else weight)
+        weight, unit = quantizer.normalize(weight)
         operand = Operand(weight, quantizer.clip, unit, quantizer.encoding)
         return EAGER.levels(operand), operand.scale
 
-    def _fit_first_batch(self, x: Tensor) -> None:
-        if self.input_quantizer is not None and self.input_quantizer.needs_clip:
-            self.input_quantizer.fit_first_batch(self.rectify(x))
-        if self.weight_quantizer is not None and self.weight_quantizer.needs_clip:
-            self.weight_quantizer.fit_first_batch(self.weight_quantizer.in_clip_units(self.weight))
+    def _fit_first_batch(self, x: Tensor, weight: Tensor) -> None:
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        if inputs is not None and inputs.needs_clip:
+            inputs.fit_first_batch(self.rectify(x), f"the input of layer {self.name}")
+        if weights is not None and weights.needs_clip:
+            weight = self.geometry.operator.from_parameter(weight)
+            weights.fit_first_batch(weights.in_clip_units(weight), f"the weight of layer {self.name}")
 
-    def _operand_dtype(self, x: Tensor) -> torch.dtype:
+    def _operand_dtype(self, x: Tensor, weight_shape: torch.Size) -> torch.dtype:
         """In training whatever is fast; in evaluation what makes the accumulators exact, or nearly so for a float operand."""
         inputs, weights = self.input_quantizer, self.weight_quantizer
         if not self.training:
             if inputs is None or weights is None:
                 return torch.float64  # so that the order of summation does not matter
-            bound = accumulator_bound(self.weight.shape, weights.levels.max, inputs.levels.max)
+            bound = accumulator_bound(weight_shape, weights.levels.max, inputs.levels.max)
             return exact_dtype(bound, max(weights.levels.max, inputs.levels.max), x.device)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -170,19 +271,76 @@ class QuantLayer(nn.Module):
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
-    float_type = nn.Conv1d
+    float_type, kind = nn.Conv1d, "Conv1d"
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    float_type = nn.Conv2d
+    float_type, kind = nn.Conv2d, "Conv2d"
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
-    float_type = nn.Conv3d
+    float_type, kind = nn.Conv3d, "Conv3d"
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    float_type = nn.Linear
+    float_type, kind = nn.Linear, "Linear"
 
 
-QUANT_LAYERS = {cls.float_type: cls for cls in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)}
+class _QuantTransposed(QuantLayer):
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
+        return self._compute(input, self.weight, self.bias, geometry)
+
+    def codes_and_accumulators(
+        self, input: Tensor, output_size: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
+        return self._compute_integers(input, self.weight, geometry)
+
+
+class QuantConvTranspose1d(_QuantTransposed, nn.ConvTranspose1d):
+    float_type, kind = nn.ConvTranspose1d, "ConvTranspose1d"
+
+
+class QuantConvTranspose2d(_QuantTransposed, nn.ConvTranspose2d):
+    float_type, kind = nn.ConvTranspose2d, "ConvTranspose2d"
+
+
+class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
+    float_type, kind = nn.ConvTranspose3d, "ConvTranspose3d"
+
+
+class QuantFunctional(QuantLayer, FunctionalLayer):
+    float_type = FunctionalLayer
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._compute(input, weight, bias, self.geometry)
+
+    def codes_and_accumulators(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._compute_integers(input, weight, self.geometry)
+
+
+QUANT_LAYERS = {
+    cls.float_type: cls
+    for cls in (
+        QuantConv1d, QuantConv2d, QuantConv3d, QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d,
+        QuantLinear, QuantFunctional,
+    )
+}  # fmt: skip
+
+
+def float_type_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The key of QUANT_LAYERS that computes what `layer` computes: its type, or one it derives from unchanged."""
+    for float_type in QUANT_LAYERS:
+        if isinstance(layer, float_type):
+            same = (getattr(type(layer), key, None) is getattr(float_type, key, None) for key in ("forward", "_conv_forward"))
+            return float_type if all(same) else None
+    return None
+
+
+def kind_of(layer: nn.Module) -> str:
+    """What a layer that `float_type_of` knows computes."""
+    float_type = float_type_of(layer)
+    return layer.kind if float_type is FunctionalLayer else float_type.__name__

@@ -1,8 +1,8 @@
-"""The two operators that a network multiplies with: convolution and matrix product, on floats and on 8-bit integers."""
+"""The operators that a network multiplies with: convolutions and the matrix product, on floats and on 8-bit integers."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ class Convolution(NamedTuple):
     def channel_shape(self) -> tuple[int, ...]:
         """The shape that broadcasts one value per output channel over the output."""
         return (-1, *(1 for _ in self.stride))
+
+    def from_parameter(self, weight: Tensor) -> Tensor:
+        """A layer's weight parameter as the operator takes it, [C_out, ...]."""
+        return weight
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         convolution, w = self.for_shape(x.shape, w)
@@ -138,10 +142,92 @@ def _without_idle_taps(convolution: Convolution, sizes: tuple[int, ...], kernel:
     return convolution._replace(padding=tuple(padding)), (slice(None), slice(None), *taps)
 
 
+class TransposedConvolution(NamedTuple):
+    """A transposed convolution of any dimension, without bias.
+
+    Its weight is laid out as a convolution's, [C_out, C_in / groups, kernel...], where torch has
+    [C_in, C_out / groups, kernel...]: what holds per output channel then holds per row.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """As that of `Convolution`."""
+        return (-1, *(1 for _ in self.stride))
+
+    def from_parameter(self, weight: Tensor) -> Tensor:
+        """As `Convolution.from_parameter`."""
+        return self._exchange_channels(weight)
+
+    def _exchange_channels(self, w: Tensor) -> Tensor:
+        """From torch's layout of the weight to ours, and back."""
+        return w.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return torch.convolution(x, self._exchange_channels(w), None, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        return self.stride, self.padding, self.dilation, True, self.output_padding, self.groups
+
+    def as_matrix_product(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward`, in two dimensions, as one matrix product per group, whose columns are added up (col2im)."""
+        stride, padding, output_padding, dilation, groups = self
+        kernel = w.shape[2:]
+        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # [groups, C_in / groups, C_out / groups * kernel]
+        columns = w.mT @ x.flatten(2).unflatten(1, (groups, -1))  # [N, groups, C_out / groups * kernel, positions]
+        sizes = [n + o for n, o in zip(self._least_sizes(x.shape[2:], kernel), output_padding)]
+        return nn.functional.fold(columns.flatten(1, 2), sizes, kernel, dilation, padding, stride)
+
+    def _least_sizes(self, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Of the output without output padding, for inputs of `sizes`."""
+        geometry = zip(sizes, kernel, self.stride, self.padding, self.dilation)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in geometry]
+
+    def for_output_size(
+        self, sizes: Sequence[int], kernel: Sequence[int], output_size: Sequence[int]
+    ) -> "TransposedConvolution":
+        """The same with the output padding that brings inputs of `sizes` to `output_size`, as torch allows it.
+
+        Args:
+            sizes, kernel: of the input and of the weight, without batch and channels.
+            output_size: without batch and channels, or with both.
+
+        Raises:
+            ValueError: no output padding below the stride or the dilation does.
+        """
+        wanted = list(output_size)[-len(self.stride) :]
+        output_padding = tuple(w - n for w, n in zip(wanted, self._least_sizes(sizes, kernel)))
+        if not all(0 <= o < max(s, d) for o, s, d in zip(output_padding, self.stride, self.dilation)):
+            raise ValueError(
+                f"output_size {wanted}: cannot be reached from inputs of {list(sizes)}; the sizes possible start at "
+                f"{self._least_sizes(sizes, kernel)}"
+            )
+        return self._replace(output_padding=output_padding)
+
+    def backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]):
+        """As `Convolution.backward`."""
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            grad, x, self._exchange_channels(w), None, *self._arguments(), [*needs, False]
+        )
+        return grad_x, None if grad_w is None else self._exchange_channels(grad_w)
+
+    def supports_bytes(self, x: Tensor) -> bool:
+        return False
+
+
 class MatrixProduct(NamedTuple):
     """`x @ w.T`, a linear layer without bias."""
 
     channel_shape: tuple[int, ...] = (-1,)
+
+    def from_parameter(self, weight: Tensor) -> Tensor:
+        """As `Convolution.from_parameter`."""
+        return weight
 
     def for_shape(self, shape: torch.Size, w: Tensor) -> tuple["MatrixProduct", Tensor]:
         return self, w
@@ -186,7 +272,7 @@ class MatrixProduct(NamedTuple):
         return multiply
 
 
-Operator = Convolution | MatrixProduct
+Operator = Convolution | TransposedConvolution | MatrixProduct
 
 
 @functools.cache

@@ -58,16 +58,16 @@ class Quantizer(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def fit_first_batch(self, x: Tensor) -> None:
+    def fit_first_batch(self, x: Tensor, what: str) -> None:
         """Set the clip from a first training batch, the same one on every process of a distributed run.
 
         Raises:
-            ApotfxError: x is not finite.
+            ApotfxError: x, which is `what`, is not finite.
         """
         if not x.numel():
             return
         if not x.isfinite().all():
-            raise ApotfxError("the first training batch has values that are not finite; check the data and the weights")
+            raise ApotfxError(f"first training batch: {what} is not finite; check the data and the weights")
         clip = fit_clip(x, self.levels, self.clip.shape)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(clip)

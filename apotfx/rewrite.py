@@ -1,140 +1,101 @@
 """Trace and swap: the only file that edits graphs."""
 
 import copy
-import warnings
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from . import reproducible
-from .analysis import analyze, has_hooks, is_read_once, rectified_range, torch_name
+from .analysis import FUNCTIONAL_LAYERS, analyze, has_hooks, is_read_once, rectified_range, torch_name
+from .attention import split_attention
 from .engine import use_engine
 from .errors import ApotfxError
-from .layers import QUANT_LAYERS, QuantLayer
+from .layers import QUANT_LAYERS, FunctionalLayer, Geometry, QuantLayer, float_type_of
 from .operators import accumulator_bits, accumulator_bound
 from .policy import BitPolicy, Plan, PlannedLayer, resolve
 from .quantizers import InputQuantizer, WeightQuantizer
+from .tracing import ByMode, attribute, graph_of, require_traceable, trace
+
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
-class ByMode(nn.Module):
-    """A constant of the traced code that depends on the mode, such as `training=self.training`."""
+def plan(
+    model: nn.Module,
+    policy: BitPolicy,
+    *,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+) -> Plan:
+    """What `quantize(model, policy)` would do, layer by layer; the model is untouched and may be on the meta device.
 
-    def __init__(self, in_training: object, in_evaluation: object):
-        super().__init__()
-        self.in_training, self.in_evaluation = in_training, in_evaluation
-
-    def forward(self) -> object:
-        return self.in_training if self.training else self.in_evaluation
-
-    def extra_repr(self) -> str:
-        return f"{self.in_training} in training, {self.in_evaluation} in evaluation"
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """`model` as a graph; shares its parameters and leaf modules. A GraphModule is returned as it is.
-
-    Tracing runs the model's forward, which may leave marks on it: pass a copy. Arguments of calls that depend on
-    the mode, such as `F.dropout(x, training=self.training)`, follow `train()` and `eval()` of the graph too.
-
-    Raises:
-        ApotfxError: not a module that can be traced; says what to pass instead.
+    Raises as `quantize`.
     """
-    _require_traceable(model)
-    if isinstance(model, fx.GraphModule):
-        return model
-    try:
-        graph_module = fx.symbolic_trace(model)
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        reason = " ".join(str(error).split())
-        raise ApotfxError(
-            f"model {type(model).__name__}: torch.fx cannot trace it ({type(error).__name__}: {reason}); make its "
-            "forward free of control flow on tensor values"
-        ) from error
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in graph_module.named_modules():
-        module.training = modes.get(name, module.training)  # torch.fx makes containers anew
-    _follow_mode(graph_module, model, _nodes_in_other_mode(model))
-    return graph_module
+    return _planned(model, policy, concrete_args, example_inputs)[1]
 
 
-def _require_traceable(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ApotfxError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ApotfxError("model: is wrapped in DistributedDataParallel; quantize model.module, then wrap the result")
-    if hasattr(model, "_orig_mod"):
-        raise ApotfxError("model: was compiled; quantize model._orig_mod, then torch.compile the result")
+class Prepared:
+    """A copy of a float model, traced, with a module for every layer that can be quantized.
 
-
-def _nodes_in_other_mode(model: nn.Module) -> list[fx.Node]:
-    """The graph of `model` where every module that trains evaluates, and the other way round; [] if there is none."""
-
-    def toggle() -> None:
-        for module in model.modules():
-            module.training = not module.training
-
-    toggle()
-    try:
-        return list(fx.symbolic_trace(model).graph.nodes)
-    except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
-        return []
-    finally:
-        toggle()
-
-
-def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx.Node]) -> None:
-    """Make numbers and flags that differ from those in `others`, the nodes in the other mode, depend on the mode.
-
-    Each becomes a `ByMode` that both `graph_module` and `model` hold.
+    Attributes:
+        model: what `trace` returned, a GraphModule or, if it could not be traced, the copy.
+        modules: of the copy by name, also those that the graph never calls.
     """
-    nodes = list(graph_module.graph.nodes)
-    # Constants, which are read as get_attr, get another name in every trace.
-    path, other_path = ([(n.op, n.target if n.op != "get_attr" else "") for n in graph] for graph in (nodes, others))
-    if path != other_path:
-        warnings.warn(
-            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the "
-            f"graph keeps the path of {'training' if graph_module.training else 'evaluation'}",
-            stacklevel=4,
-        )
-        return
-    differing = [
-        (node, update, key, here, there)
-        for node, twin in zip(nodes, others, strict=True)
-        for update, mine, theirs in (
-            (node.update_arg, enumerate(node.args), twin.args),
-            (node.update_kwarg, node.kwargs.items(), twin.kwargs),
-        )
-        for key, here in mine
-        if isinstance(here, (bool, int, float)) and here != (there := theirs[key])
-    ]
-    for i, (node, update, key, here, there) in enumerate(differing):
-        by_mode = ByMode(here, there) if graph_module.training else ByMode(there, here)
-        for root in (graph_module, model):
-            root.add_module(f"by_mode_{i}", by_mode.train(graph_module.training))
-        with graph_module.graph.inserting_before(node):
-            update(key, graph_module.graph.call_module(f"by_mode_{i}"))
-    graph_module.recompile()
+
+    def __init__(
+        self, model: nn.Module, concrete_args: dict[str, object] | None = None, example_inputs: object | None = None
+    ):
+        copied = copy.deepcopy(model)
+        self._attention = split_attention(copied)
+        self.model = trace(copied, concrete_args=concrete_args, example_inputs=example_inputs)
+        for name, layer in layers_as_modules(self.model).items():
+            parent, _, key = name.rpartition(".")
+            copied.get_submodule(parent).add_module(key, layer)
+        self.copied = copied
+        self._arguments = functional_arguments(self.model)
+        self._calls = _functional_calls(self.model)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a layer as its operator takes it, [C_out, ...]."""
+        return Geometry.of(self.model.get_submodule(name)).operator.from_parameter(self.parameters(name)[0])
+
+    def parameters(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of a layer, in torch's layout."""
+        layer = self.model.get_submodule(name)
+        return self._arguments[name] if name in self._arguments else (layer.weight, layer.bias)
+
+    def shared_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that is the weight of a layer, which other layers may share; None for a computed weight."""
+        if name in self._arguments:
+            source = self._calls[name].args[1]
+            return attribute(self.model, source.target) if source.op == "get_attr" else None
+        return self.model.get_submodule(name)._parameters.get("weight")
+
+    @property
+    def leaves(self) -> dict[str, str]:
+        """What could not be traced, and why."""
+        return self.model.meta["leaves"]
+
+    def keep_attention(self, quantized: set[str]) -> None:
+        """Take torch's own attention back where none of the layers `quantized` is inside."""
+        for name, attention in self._attention.items():
+            if not any(layer.startswith(f"{name}.") for layer in quantized):
+                self.model.set_submodule(name, attention)
 
 
-def plan(model: nn.Module, policy: BitPolicy) -> Plan:
-    """What `quantize(model, policy)` would do, layer by layer; the model is untouched. Raises as `quantize`."""
-    return _traced_and_planned(model, policy)[1]
-
-
-def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphModule, Plan]:
+def _planned(
+    model: nn.Module, policy: BitPolicy, concrete_args: dict[str, object] | None, example_inputs: object
+) -> tuple[Prepared, Plan]:
     if not isinstance(policy, BitPolicy):
         raise ApotfxError(
             f"policy: expected a BitPolicy, got {type(policy).__name__}; use BitPolicy.from_yaml or from_dict"
         )
-    _require_traceable(model)
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
-        raise ApotfxError("model: is already quantized; start from the float model")
-    copied = copy.deepcopy(model)
-    graph_module = trace(copied)
-    layers = analyze(copied, graph_module.graph)
-    if type(model) in QUANT_LAYERS:
-        raise ApotfxError(f"model: is a single {type(model).__name__}; wrap it in torch.nn.Sequential")
+    _require_float(model)
+    prepared = Prepared(model, concrete_args, example_inputs)
+    layers = analyze(prepared.copied, graph_of(prepared.model), prepared.leaves)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(
@@ -143,8 +104,194 @@ def _traced_and_planned(model: nn.Module, policy: BitPolicy) -> tuple[fx.GraphMo
     resolved = resolve(policy, layers)
     for planned in resolved.layers:
         if planned.quantized and planned.rule.max_accumulator_bits is not None:
-            _require_accumulator(planned, graph_module.get_submodule(planned.facts.name).weight.shape)
-    return graph_module, resolved
+            _require_accumulator(planned, prepared.weight(planned.facts.name).shape)
+    return prepared, resolved
+
+
+def _require_float(model: nn.Module) -> None:
+    """Raises: ApotfxError: a model that cannot be traced, is quantized, a single layer, or not initialised."""
+    require_traceable(model)
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        raise ApotfxError("model: is already quantized; start from the float model")
+    if float_type_of(model) is not None:
+        raise ApotfxError(f"model: is a single {type(model).__name__}; wrap it in torch.nn.Sequential")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ApotfxError(f"model: {name} is lazy and has no shape yet; run the model on a batch first")
+
+
+def layers_as_modules(model: nn.Module) -> dict[str, FunctionalLayer]:
+    """Make every functional call that is a layer a call of a `FunctionalLayer`, in place; returns them by name.
+
+    Such are `F.linear`, `F.conv1d` ... `F.conv_transpose3d`, and `torch.matmul`, `torch.mm`, `@` and `torch.addmm` with a
+    matrix; the weight is a parameter, or computed from parameters alone.
+    """
+    graph, constants, layers = graph_of(model), constant_values(model), {}
+    for node in list(graph.nodes):
+        node = _as_linear(node, constants)
+        settings = _layer_settings(node, constants)
+        if settings is None:
+            continue
+        x, weight, bias = (settings.pop(key, None) for key in ("input", "weight", "bias"))
+        name = _new_name(model, node)
+        layers[name] = FunctionalLayer(torch_name(node), constants[weight].shape, **settings).train(model.training)
+        model.add_submodule(name, layers[name])
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (x, weight) if bias is None else (x, weight, bias))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    if layers:
+        model.recompile()
+    return layers
+
+
+def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
+    """The nodes, in order, that do not depend on the network's inputs."""
+    found = set()
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        pure = node.op in ("call_function", "call_method") or isinstance(module, reproducible.Average)
+        computed = pure and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or isinstance(module, ByMode) or computed:
+            found.add(node)
+            yield node
+
+
+def constant_values(model: nn.Module) -> dict[fx.Node, object]:
+    """What the nodes of the graph that do not depend on the network's inputs compute in evaluation."""
+    modules, values = dict(model.named_modules()), {}
+    modes = {module: module.training for module in modules.values()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for node in constant_nodes(graph_of(model), modules):
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                if node.op == "get_attr":
+                    values[node] = attribute(model, node.target)
+                elif node.op == "call_method":
+                    values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+                else:
+                    function = modules[node.target] if node.op == "call_module" else node.target
+                    values[node] = function(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return values
+
+
+def _as_linear(node: fx.Node, constants: dict[fx.Node, Tensor]) -> fx.Node:
+    """`F.linear` in the place of a product with a constant matrix; any other node is returned as it is."""
+    name, args = torch_name(node), node.args
+    if name not in ("matmul", "mm", "addmm") or node.kwargs or len(args) != 2 + (name == "addmm"):
+        return node
+    *bias, x, weight = args
+    left = not bias and x in constants
+    if left:
+        x, weight = weight, x
+    if not isinstance(x, fx.Node) or x in constants or not _is_weight(constants.get(weight), 2):
+        return node
+    graph = node.graph
+    with graph.inserting_before(node):
+        if left:  # W x = (x^T W^T)^T
+            result = graph.call_function(F.linear, (graph.call_function(exchange_last_two, (x,)), weight))
+        else:
+            transposed = graph.call_function(torch.t, (weight,))
+            constants[transposed] = constants[weight].t()
+            result = graph.call_function(F.linear, (x, transposed, *bias))
+        linear = result
+        linear.meta = dict(node.meta)
+        if left:
+            result = graph.call_function(exchange_last_two, (result,))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return linear
+
+
+def exchange_last_two(x: Tensor) -> Tensor:
+    """x with its last two dimensions exchanged; a vector as it is."""
+    return x.mT if x.dim() > 1 else x
+
+
+def _layer_settings(node: fx.Node, constants: dict[fx.Node, Tensor]) -> dict | None:
+    """The arguments by name of a call of F.linear or F.conv*, if its weight, bias and settings are constant."""
+    name = torch_name(node)
+    if node.op != "call_function" or name not in FUNCTIONAL_LAYERS:
+        return None
+    names = CONVOLUTION[:3] if name == "linear" else TRANSPOSED if "transpose" in name else CONVOLUTION
+    settings = dict(zip(names, node.args)) | node.kwargs
+    weight, bias = (constants.get(settings.get(key)) for key in ("weight", "bias"))
+    constant = _is_weight(weight, 2 if name == "linear" else 2 + int(name[-2]))
+    constant &= settings.get("bias") is None or _is_weight(bias, 1)
+    found: list[fx.Node] = []
+    fx.node.map_arg([settings[key] for key in settings if key not in CONVOLUTION[:3]], found.append)
+    return settings if constant and not found and isinstance(settings["input"], fx.Node) else None
+
+
+def _is_weight(value: object, dims: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() == dims and value.is_floating_point()
+
+
+def _new_name(model: fx.GraphModule, node: fx.Node) -> str:
+    """The module whose code makes the call, the function, and a number if the name is taken."""
+    scope = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
+    name = first = ".".join([*filter(None, scope), torch_name(node)])
+    count = 0
+    while _exists(model, name):
+        count += 1
+        name = f"{first}_{count}"
+    return name
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    try:
+        attribute(model, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def functional_arguments(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """(weight, bias) of every functional layer of `model`, by name, as they are in evaluation."""
+    calls = _functional_calls(model)
+    values = constant_values(model) if calls else {}
+    return {
+        name: (values[call.args[1]], values[call.args[2]] if len(call.args) > 2 else None)
+        for name, call in calls.items()
+    }
+
+
+def layer_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """(weight, bias) of each of `layers` of `model`, by name, as they are in evaluation."""
+    arguments = functional_arguments(model)
+    return {name: arguments[name] if name in arguments else (m.weight, m.bias) for name, m in layers.items()}
+
+
+def _functional_calls(model: nn.Module) -> dict[str, fx.Node]:
+    modules = dict(model.named_modules())
+    calls = (node for node in graph_of(model).nodes if node.op == "call_module")
+    return {node.target: node for node in calls if isinstance(modules[node.target], FunctionalLayer)}
+
+
+def without_arguments(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """`model` without the weights and biases that the functional layers `names` are called with.
+
+    What computes them and nothing else goes too, with its parameters. The modules are shared.
+    """
+    if not names:
+        return model
+    graph, modules = copy.deepcopy(model.graph), dict(model.named_modules())
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            node.args = node.args[:1]
+    for node in reversed(list(constant_nodes(graph, modules))):
+        if not node.users:
+            graph.erase_node(node)
+    smaller = fx.GraphModule(model, graph, type(model).__name__)
+    smaller.meta = model.meta
+    for name, module in smaller.named_modules():
+        module.training = modules[name].training  # torch.fx makes containers anew
+    return smaller
 
 
 def _require_accumulator(planned: PlannedLayer, weight_shape: torch.Size) -> None:
@@ -160,44 +307,106 @@ def _require_accumulator(planned: PlannedLayer, weight_shape: torch.Size) -> Non
         )
 
 
-def quantize(model: nn.Module, policy: BitPolicy) -> fx.GraphModule:
+def quantize(
+    model: nn.Module,
+    policy: BitPolicy,
+    *,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+) -> nn.Module:
     """A copy of `model` whose conv and linear layers are quantized as `policy` says.
 
     Everything else that forward calls keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps
     its parameters and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from
     `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
-    those of the first layers' inputs, which `requires_grad_` can let learn too.
+    those of layers whose weight does not and those of the first layers' inputs; `requires_grad_` changes that.
+
+    A module that torch.fx cannot enter is kept whole, and the layers inside it are quantized all the same; `plan` says
+    why, and what is not known of them for that. Functional calls of layers become modules that take the weight as an
+    argument. torch's multi-head attention is replaced by one with layers for its projections (see `attention`). Layers
+    that share their weight share its quantizer.
 
     An activation function whose results only layers with unsigned input levels read is left to them, batch norms and
     average pools evaluate reproducibly (see `reproducible`), and the layers run on the fastest engine there is
     (`use_engine`).
 
     Args:
-        model: a float module that torch.fx can trace, or a GraphModule.
+        model: a float module, or a GraphModule of one.
         policy: see `BitPolicy`.
+        concrete_args, example_inputs: see `trace`; `load_integer` then needs them too.
 
     Returns:
-        A GraphModule; its `meta["plan"]` is the resolved `Plan`.
+        A GraphModule; if forward itself cannot be traced, a copy of `model` with other layers. Its `meta["plan"]` is the
+        resolved `Plan`.
 
     Raises:
-        ApotfxError: the model cannot be traced, is quantized already or has nothing to quantize; the policy has a rule
-            that matches nothing, asks for levels that do not exist, or caps accumulators below what a layer needs.
+        ApotfxError: the model is quantized already, has nothing to quantize or no values (meta device); the policy has a
+            rule that matches nothing, asks for levels that do not exist, caps accumulators below what a layer needs, or
+            gives layers that share their weight different levels.
     """
-    graph_module, resolved = _traced_and_planned(model, policy)
-    layers = {
-        planned.facts.name: _quantized_layer(graph_module.get_submodule(planned.facts.name), planned)
-        for planned in resolved.layers
-        if planned.quantized
-    }
+    prepared, resolved = _planned(model, policy, concrete_args, example_inputs)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ApotfxError(f"model: {name} is on the meta device, which holds no values; only plan() takes such a model")
+    qmodel = prepared.model
+    layers = _quantized_layers(prepared, resolved)
+    prepared.keep_attention(layers.keys())
     unsigned = {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed}
-    for name, rectifier in absorb_rectifiers(graph_module, unsigned).items():
+    for name, rectifier in absorb_rectifiers(qmodel, unsigned).items():
         layers[name].rectifier = rectifier
     if layers:
-        make_reproducible(graph_module)
-    swap_layers(graph_module, layers)
-    use_engine(graph_module)
-    graph_module.meta["plan"] = resolved
-    return graph_module
+        make_reproducible(qmodel)
+    swap_layers(qmodel, layers)
+    use_engine(qmodel)
+    qmodel.meta["plan"] = resolved
+    return qmodel
+
+
+def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLayer]:
+    """By name, the layers that take the place of float ones."""
+    layers: dict[str, QuantLayer] = {}
+    sharing: dict[tuple, PlannedLayer] = {}  # (parameter, shape of the clip) -> the first layer that has it
+    for planned in resolved.layers:
+        if not planned.quantized:
+            continue
+        name = planned.facts.name
+        weight, parameter = prepared.weight(name), prepared.shared_parameter(name)
+        trains = parameter is None or parameter.requires_grad
+        weight_quantizer = input_quantizer = None
+        if planned.weight is not None:
+            weight_quantizer = WeightQuantizer(
+                planned.weight,
+                weight,
+                per_channel=planned.rule.granularity == "channel",
+                normalization=planned.rule.normalization,
+            ).to(weight.device)
+            weight_quantizer.clip.requires_grad_(trains)
+            key = (name if parameter is None else parameter, weight_quantizer.clip.shape)
+            first = sharing.setdefault(key, planned)
+            if first is not planned:
+                _require_same_weight(first, planned)
+                weight_quantizer = layers[first.facts.name].weight_quantizer
+        if planned.input is not None:
+            input_quantizer = InputQuantizer(planned.input).to(weight.device)
+            # To learn a first one would take a backward pass to the network's own input, which costs as much as several
+            # layers.
+            input_quantizer.clip.requires_grad_(trains and not planned.facts.is_first)
+        layer = prepared.model.get_submodule(name)
+        layers[name] = QUANT_LAYERS[float_type_of(layer)].from_float(
+            layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor
+        )
+        layers[name].name = name
+    return layers
+
+
+def _require_same_weight(first: PlannedLayer, planned: PlannedLayer) -> None:
+    """Raises: ApotfxError: two layers that share their weight would have it at different levels."""
+    asked = [(p.weight, p.rule.normalization) for p in (first, planned)]
+    if asked[0] != asked[1]:
+        raise ApotfxError(
+            f"layer {planned.facts.name} ({planned.rule}): shares its weight with {first.facts.name} ({first.rule}); the "
+            "policy must give both the same scheme, weight_bits and normalization"
+        )
 
 
 def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[str, tuple[float, float]]:
@@ -213,19 +422,19 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
     Returns:
         Per layer that takes over, the range (low, high) that it must clamp its input to.
     """
-    modules = dict(graph_module.named_modules())
-    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
+    graph, modules = graph_of(graph_module), dict(graph_module.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     unsuited = {name for name in unsigned if has_hooks(modules[name]) or calls[name] != 1}
     absorbed = {}
-    for node in list(graph_module.graph.nodes):
+    for node in list(graph.nodes):
         rectifier = rectified_range(node, modules)
         if rectifier is None or not node.users:
             continue
-        takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes == [node]]
+        takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes[0] is node]
         (source,) = node.all_input_nodes
         if len(takers) == len(node.users) and unsigned - unsuited >= set(takers) and is_read_once(source, modules):
             node.replace_all_uses_with(source)
-            graph_module.graph.erase_node(node)
+            graph.erase_node(node)
             absorbed |= dict.fromkeys(takers, rectifier)
     return absorbed
 
@@ -237,7 +446,7 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
     """
     for module in graph_module.modules():
         module.__class__ = reproducible.REPRODUCIBLE.get(type(module), type(module))
-    for node in list(graph_module.graph.nodes):
+    for node in list(graph_of(graph_module).nodes):
         averages = torch_name(node) in reproducible.AVERAGE_FUNCTIONS and "dtype" not in node.kwargs
         if averages and isinstance((*node.args, node.kwargs.get("input"))[0], fx.Node):
             name = f"{node.name}_average"
@@ -248,25 +457,15 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
             graph_module.graph.erase_node(node)
 
 
-def swap_layers(graph_module: fx.GraphModule, layers: dict[str, nn.Module]) -> None:
-    """Put each of `layers` in the place of the submodule of its name, in place."""
+def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each of `layers` in the place of the submodule of its name, wherever `model` holds that, in place."""
+    replaced = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child in replaced:
+                module._modules[key] = replaced[child]
+    if isinstance(model, fx.GraphModule):
+        model.graph.lint()
+        model.recompile()
     for name, layer in layers.items():
-        graph_module.set_submodule(name, layer)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
-    assert called >= layers.keys(), f"swapped but never called: {layers.keys() - called}"
-
-
-def _quantized_layer(layer: nn.Module, planned: PlannedLayer) -> QuantLayer:
-    weight_quantizer = input_quantizer = None
-    if planned.weight is not None:
-        per_channel = planned.rule.granularity == "channel"
-        weight_quantizer = WeightQuantizer(
-            planned.weight, layer.weight, per_channel=per_channel, normalization=planned.rule.normalization
-        )
-    if planned.input is not None:
-        input_quantizer = InputQuantizer(planned.input)
-        # To learn it would take a backward pass to the network's own input, which costs as much as several layers.
-        input_quantizer.clip.requires_grad_(not planned.facts.is_first)
-    return QUANT_LAYERS[type(layer)].from_float(layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor)
+        assert model.get_submodule(name) is layer, f"{name} was not replaced"

@@ -9,11 +9,12 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.analysis import batch_norm_after
 from apotfx.errors import ApotfxError
@@ -33,15 +34,17 @@ from apotfx.integer.manifest import (
     read_file,
     read_manifest,
 )
-from apotfx.layers import Geometry, QuantLayer
+from apotfx.layers import FunctionalLayer, Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
+from apotfx.rewrite import layer_parameters, without_arguments
+from apotfx.tracing import graph_of
 
 MAX_HEADER_BYTES = 10**8  # of safetensors
 
 
-def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: dict | None = None) -> Path:
+def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
     """Write the quantized network to the new directory `path`: written beside it first, then renamed.
 
     Args:
@@ -55,18 +58,20 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
     path = Path(path)
     require_new(path)
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
-    if not layers or not isinstance(qmodel, fx.GraphModule):
+    if not layers or "plan" not in getattr(qmodel, "meta", {}):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
     batch_norms = describe_batch_norms(qmodel)
-    _require_finite(layers, batch_norms)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in _float_state(qmodel, layers).items()}
+    parameters = layer_parameters(qmodel, layers)
+    _require_finite(layers, parameters, batch_norms)
+    state = _float_state(qmodel, layers, parameters)
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ApotfxError(f"export: {name} is {tensor.dtype}, expected torch.float32; call model.float() first")
     for name, layer in layers.items():
         if layer.weight_quantizer is not None:
-            n, _ = layer.integer_weight()
+            n, _ = layer.integer_weight(parameters[name][0])
             tensors[f"{name}.{CODES}"] = pack_codes(n.cpu(), layer.weight_quantizer.levels)
     weights = safetensors.torch.save(tensors)
     manifest = {
@@ -74,7 +79,7 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
         "version": VERSION,
         "metadata": _as_json(metadata or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "layers": [_describe(name, layer, batch_norms.get(name)) for name, layer in layers.items()],
+        "layers": [_describe(name, m, *parameters[name], batch_norms.get(name)) for name, m in layers.items()],
         "graph": describe_graph(qmodel),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
@@ -85,8 +90,12 @@ def export_integer(qmodel: fx.GraphModule, path: str | os.PathLike, metadata: di
     return path
 
 
-def _require_finite(layers: dict[str, QuantLayer], batch_norms: dict[str, dict]) -> None:
+def _require_finite(
+    layers: dict[str, QuantLayer], parameters: dict[str, tuple[Tensor, Tensor | None]], batch_norms: dict[str, dict]
+) -> None:
     state = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
+    for name, tensors in parameters.items():
+        state |= {f"{name}.{key}": tensor for key, tensor in zip(("weight", "bias"), tensors) if tensor is not None}
     for described in batch_norms.values():
         state |= {f"{described['name']}.{key}": torch.tensor(described[key]) for key in ("multiplier", "bias")}
     for name, tensor in state.items():
@@ -103,27 +112,46 @@ def _as_json(metadata: dict) -> dict:
         ) from error
 
 
-def _float_state(model: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
+def _float_state(
+    qmodel: nn.Module, layers: dict[str, QuantLayer], parameters: dict[str, tuple[Tensor, Tensor | None]]
+) -> dict[str, Tensor]:
     """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
-    kept = {f"{name}.bias" for name in layers}
-    kept |= {f"{name}.weight" for name, layer in layers.items() if layer.weight_quantizer is None}
-    return {
-        key: value for key, value in model.state_dict().items()
-        if key in kept or not key.startswith(tuple(f"{name}." for name in layers))
-    }  # fmt: skip
+    state = state_outside(without_arguments(qmodel, functional_layers(layers)), layers)
+    for name, (weight, bias) in parameters.items():
+        if layers[name].weight_quantizer is None:
+            state[f"{name}.weight"] = layers[name].geometry.operator.from_parameter(weight)
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    return state
 
 
-def _describe(name: str, layer: QuantLayer, batch_norm: dict | None) -> dict:
+def state_outside(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
+    """The state dict of `model` without what belongs to `layers`."""
+    return {key: value for key, value in model.state_dict().items() if not _is_inside(key, layers)}
+
+
+def _is_inside(key: str, layers: Collection[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:depth]) in layers for depth in range(1, len(parts)))
+
+
+def functional_layers(layers: Mapping[str, nn.Module]) -> set[str]:
+    return {name for name, layer in layers.items() if isinstance(layer, FunctionalLayer)}
+
+
+def _describe(name: str, layer: QuantLayer, weight: Tensor, bias: Tensor | None, batch_norm: dict | None) -> dict:
     inputs, weights = layer.input_quantizer, layer.weight_quantizer
     entry = {
         "name": name,
-        **structure_of(layer, layer.float_type),
-        "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight()[1]),
+        **structure_of(layer, layer.kind, weight, bias),
+        "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight(weight)[1]),
         "input": None if inputs is None else _describe_quantizer(inputs, inputs.scale),
         "rectifier": describe_rectifier(layer.rectifier),
     }
     if weights is not None and inputs is not None:
-        entry["accumulator_bound"] = accumulator_bound(layer.weight.shape, weights.levels.max, inputs.levels.max)
+        entry["accumulator_bound"] = accumulator_bound(
+            torch.Size(entry["shape"]), weights.levels.max, inputs.levels.max
+        )
     if batch_norm is not None:
         entry["batch_norm"] = batch_norm
     return entry
@@ -134,12 +162,12 @@ def describe_rectifier(rectifier: tuple[float, float] | None) -> list | None:
     return None if rectifier is None else [x if math.isfinite(x) else None for x in rectifier]
 
 
-def structure_of(layer: nn.Module, float_type: type[nn.Module]) -> dict:
+def structure_of(layer: nn.Module, kind: str, weight: Tensor, bias: Tensor | None) -> dict:
     geometry = Geometry.of(layer)
     structure = {
-        "type": float_type.__name__,
-        "shape": layer.weight.shape,
-        "bias": layer.bias is not None,
+        "type": kind,
+        "shape": geometry.operator.from_parameter(weight).shape,
+        "bias": bias is not None,
         "operator": {"kind": type(geometry.operator).__name__, **geometry.operator._asdict()},
         "pad": geometry.pad,
         "pad_mode": geometry.pad_mode,
@@ -152,11 +180,11 @@ def _describe_quantizer(quantizer: Quantizer, scale: Tensor) -> dict:
     return describe_levels(quantizer.levels) | {"clip": clip, "scale": scale}
 
 
-def describe_batch_norms(model: fx.GraphModule) -> dict[str, dict]:
+def describe_batch_norms(model: nn.Module) -> dict[str, dict]:
     """Per module the batch norm that is its only consumer, as the manifest has it."""
     modules = dict(model.named_modules())
     found: dict[str, set[str | None]] = {}
-    for node in model.graph.nodes:
+    for node in graph_of(model).nodes:
         if node.op == "call_module":
             found.setdefault(node.target, set()).add(batch_norm_after(node, modules))
     # A layer that is called several times may have several, or one after some of the calls only.

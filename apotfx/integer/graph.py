@@ -3,39 +3,67 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 
 from torch import fx, nn
 
 from apotfx.analysis import BATCH_NORMS
 from apotfx.errors import ApotfxError
-from apotfx.layers import QuantLayer
+from apotfx.layers import FunctionalLayer, QuantLayer, float_type_of, kind_of
 from apotfx.reproducible import Average
+from apotfx.tracing import graph_of
 
 
-def describe_graph(graph_module: fx.GraphModule) -> list[dict]:
-    """A dict per node: what it calls, with which inputs and constants; a quantized layer counts as the float one."""
-    modules = dict(graph_module.named_modules())
+def describe_graph(model: nn.Module) -> list[dict]:
+    """A dict per node: what it calls, with which inputs and constants; a quantized layer counts as the float one.
+
+    A model that could not be traced is a single node.
+    """
+    modules = dict(model.named_modules())
     nodes = []
-    for node in graph_module.graph.nodes:
+    for node in graph_of(model).nodes:
         entry = {"name": node.name, "calls": str(getattr(node.target, "__name__", node.target))}
         entry["arguments"] = f"{node.args} {node.kwargs}"
         if node.op == "call_module":
             entry["type"], entry["settings"] = _describe_module(modules[node.target])
         nodes.append(entry)
+    if not isinstance(model, fx.GraphModule):
+        name, settings = _describe_module(model)
+        nodes.append({"name": "model", "calls": "forward", "arguments": "()", "type": name, "settings": settings})
     return json.loads(json.dumps(nodes, default=str))  # as it will be read: lists for tuples
 
 
 def _describe_module(module: nn.Module) -> tuple[str, dict]:
-    """Its type and its settings."""
+    """Its type and its settings; of one that tracing kept whole, the types of the modules inside too."""
     if isinstance(module, Average):
         return module.function.__name__, {}
     if isinstance(module, QuantLayer):
-        return module.float_type.__name__, {}
-    kind = BATCH_NORMS if isinstance(module, BATCH_NORMS) else type(module)  # a synchronized one computes the same
+        return _layer_type(module), {}
     plain = (bool, int, float, str, tuple, type(None))
     settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
     # JSON has no infinity.
-    return kind.__name__, {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
+    settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
+    if float_type_of(module) is not None:
+        return _layer_type(module), settings
+    inside = dict(_inner_types(module, ""))
+    return _type_name(module), settings | ({"modules": inside} if inside else {})
+
+
+def _inner_types(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    for name, child in module.named_children():
+        is_layer = isinstance(child, QuantLayer) or float_type_of(child) is not None
+        yield f"{path}{name}", _layer_type(child) if is_layer else _type_name(child)
+        if not is_layer:
+            yield from _inner_types(child, f"{path}{name}.")
+
+
+def _layer_type(layer: nn.Module) -> str:
+    kind = layer.kind if isinstance(layer, QuantLayer) else kind_of(layer)
+    return f"F.{layer.function}" if isinstance(layer, FunctionalLayer) else kind
+
+
+def _type_name(module: nn.Module) -> str:
+    return (BATCH_NORMS if isinstance(module, BATCH_NORMS) else type(module)).__name__  # synchronized ones compute the same
 
 
 def require_same_graph(manifest: dict, found: list[dict], path: str | os.PathLike) -> None:

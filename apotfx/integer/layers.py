@@ -1,5 +1,7 @@
 """The modules of a loaded integer network."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from apotfx import reproducible
 from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.operators import Convolution, accumulators, output_scale
+from apotfx.operators import Operator, accumulators, output_scale
 
 
 class IntegerLayer(nn.Module):
@@ -79,21 +81,23 @@ class IntegerLayer(nn.Module):
         return max(-self.accumulator_range[0], self.accumulator_range[1])
 
     @torch.no_grad()
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """`output_size`: of a transposed convolution, as torch takes it."""
         self.require_shape(input.shape)
-        _, accumulators = self.codes_and_accumulators(input)
+        _, accumulators = self.codes_and_accumulators(input, output_size)
         return self.geometry.finish(accumulators.to(self.scale.dtype) * self.scale, self.bias, input)
 
-    def codes_and_accumulators(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """As those of `QuantLayer`."""
         codes = self.encode(self.geometry.prepare(input))
-        return codes, self.accumulate(codes)
+        geometry = self.geometry.for_output_size(input, self.weight.shape[2:], output_size)
+        return codes, self.accumulate(codes, geometry.operator)
 
     def require_shape(self, shape: torch.Size) -> None:
         """Raises: ApotfxError: an input of that shape does not fit the layer."""
-        operator, weight = self.geometry.operator, self.weight.shape
-        if isinstance(operator, Convolution):
-            dims, channels = len(operator.stride), weight[1] * operator.groups
+        dims, weight = self.geometry.dims, self.weight.shape
+        if dims:
+            channels = weight[1] * self.geometry.operator.groups
             fits = len(shape) in (dims + 1, dims + 2) and shape[-dims - 1] == channels
             expected = f"[N, {channels}, {', '.join('DHW'[-dims:])}]"
         else:
@@ -110,12 +114,12 @@ class IntegerLayer(nn.Module):
             return prepared
         return F.encode(prepared, self.input_clip, self.encoding)
 
-    def accumulate(self, n: Tensor) -> Tensor:
+    def accumulate(self, n: Tensor, operator: Operator | None = None) -> Tensor:
         """The accumulators of a padded and encoded input: sums of products of levels, exact in the dtype they have.
 
         With a float operand they are sums in float64, whose order hardly ever shows in float32.
         """
-        operator = self.geometry.operator
+        operator = operator or self.geometry.operator
         with torch.autocast(n.device.type, enabled=False):
             if not self.is_integer:
                 return operator.forward(n.double(), self.weight.double())

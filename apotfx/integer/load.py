@@ -1,29 +1,41 @@
 """An export and the float model it came from, put together to a network that computes on integers."""
 
-import copy
 import os
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.analysis import has_hooks
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
-from apotfx.integer.format import describe_batch_norms, describe_rectifier, read_integer, structure_of
+from apotfx.integer.format import (
+    describe_batch_norms,
+    describe_rectifier,
+    functional_layers,
+    read_integer,
+    state_outside,
+    structure_of,
+)
 from apotfx.integer.graph import describe_graph, require_same_graph
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.integer.manifest import WEIGHTS, level_set_of
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
-from apotfx.layers import QUANT_LAYERS, Geometry
+from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
-from apotfx.rewrite import absorb_rectifiers, make_reproducible, swap_layers, trace
+from apotfx.rewrite import Prepared, absorb_rectifiers, make_reproducible, swap_layers, without_arguments
 
 BACKENDS = ("reference", "onednn")
 
 
 def load_integer(
-    path: str | os.PathLike, float_model: nn.Module, backend: str = "reference"
-) -> fx.GraphModule | ByteNetwork:
+    path: str | os.PathLike,
+    float_model: nn.Module,
+    backend: str = "reference",
+    *,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+) -> nn.Module:
     """The exported network as a module that computes on integers, with the structure of `float_model`.
 
     Its results equal, in every bit, those of the quantized model in evaluation mode.
@@ -34,9 +46,10 @@ def load_integer(
         backend: "reference" runs on any device, on integers in float32 or float64, whichever is exact; "onednn" on
             8-bit integers on an x86 CPU, with what lies between the layers fused. Where oneDNN cannot, a warning
             says so once and the network is the reference.
+        concrete_args, example_inputs: what `quantize` was given.
 
     Returns:
-        A GraphModule in evaluation mode, on the device of `float_model`; or, with "onednn", a `ByteNetwork`, which
+        A GraphModule (or, as from `quantize`, a copy of `float_model`) in evaluation mode, on the device of `float_model`; or, with "onednn", a `ByteNetwork`, which
         stays on the CPU and refuses NaN.
 
     Raises:
@@ -45,7 +58,7 @@ def load_integer(
     if backend not in BACKENDS:
         raise ApotfxError(f"backend {backend!r}: unknown; choose one of {', '.join(BACKENDS)}")
     manifest, tensors = read_integer(path)
-    imodel = assemble(manifest, tensors, float_model, path)
+    imodel = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
     if backend == "onednn":
         lacking = what_onednn_lacks(imodel)
         if lacking is None:
@@ -55,16 +68,23 @@ def load_integer(
 
 
 def assemble(
-    manifest: dict, tensors: dict[str, Tensor], float_model: nn.Module, path: str | os.PathLike
-) -> fx.GraphModule:
+    manifest: dict,
+    tensors: dict[str, Tensor],
+    float_model: nn.Module,
+    path: str | os.PathLike,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: object | None = None,
+) -> nn.Module:
     """The reference network of an export that was read; see `load_integer`. `path` is for messages."""
-    imodel = trace(copy.deepcopy(float_model))
-    matching = {entry["name"]: _matching_layer(imodel, entry, path) for entry in manifest["layers"]}
+    prepared = Prepared(float_model, concrete_args, example_inputs)
+    imodel = prepared.model
+    matching = {entry["name"]: _matching_layer(prepared, entry, path) for entry in manifest["layers"]}
+    prepared.keep_attention(matching.keys())
     unsigned = {entry["name"] for entry in manifest["layers"] if entry["input"] and not entry["input"]["signed"]}
     rectifiers = absorb_rectifiers(imodel, unsigned)
     layers = {
-        entry["name"]: _integer_layer(entry, matching[entry["name"]], tensors, rectifiers.get(entry["name"]))
-        for entry in manifest["layers"]
+        name: _integer_layer(entry, matching[name], prepared.weight(name), tensors, rectifiers.get(name))
+        for name, entry in ((entry["name"], entry) for entry in manifest["layers"])
     }
     for entry in manifest["layers"]:
         got = describe_rectifier(rectifiers.get(entry["name"]))
@@ -76,7 +96,8 @@ def assemble(
     make_reproducible(imodel)
     graph = describe_graph(imodel)
     swap_layers(imodel, layers)
-    state = {k: v for k, v in imodel.state_dict().items() if k.rpartition(".")[0] not in layers}
+    imodel = without_arguments(imodel, functional_layers(matching))
+    state = state_outside(imodel, layers)
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name in sorted(state.keys() | stored.keys()):
         expected, got = (_shape_and_dtype(d.get(name)) for d in (state, stored))
@@ -101,44 +122,50 @@ def _shape_and_dtype(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _freeze_batch_norms(imodel: fx.GraphModule) -> None:
+def _freeze_batch_norms(imodel: nn.Module) -> None:
     """Replace each batch norm, in place, by the multiplication and the addition that it has become."""
     for name, module in list(imodel.named_modules()):
         if type(module) in BATCH_NORMS.values() and module.running_var is not None and not has_hooks(module):
             imodel.set_submodule(name, Affine(*folded_batch_norm(module)).eval())
 
 
-def _matching_layer(model: fx.GraphModule, entry: dict, path: str | os.PathLike) -> nn.Module:
+def _matching_layer(prepared: Prepared, entry: dict, path: str | os.PathLike) -> nn.Module:
     fix = "pass the float model that was exported"
     try:
-        layer = model.get_submodule(entry["name"])
+        layer = prepared.model.get_submodule(entry["name"])
     except AttributeError:
         raise ApotfxError(f"export {path}: layer {entry['name']} is not in the model; {fix}") from None
-    supported = type(layer) in QUANT_LAYERS
-    for key, got in (structure_of(layer, type(layer)) if supported else {"type": type(layer).__name__}).items():
+    structure = {"type": type(layer).__name__}
+    if float_type_of(layer) is not None:
+        structure = structure_of(layer, kind_of(layer), *prepared.parameters(entry["name"]))
+    for key, got in structure.items():
         if got != entry[key]:
             raise ApotfxError(f"export {path}: layer {entry['name']} has {key} {entry[key]}, in the model {got}; {fix}")
     return layer
 
 
 def _integer_layer(
-    entry: dict, layer: nn.Module, tensors: dict[str, Tensor], rectifier: tuple[float, float] | None
+    entry: dict,
+    layer: nn.Module,
+    float_weight: Tensor,
+    tensors: dict[str, Tensor],
+    rectifier: tuple[float, float] | None,
 ) -> IntegerLayer:
-    name, device = entry["name"], layer.weight.device
+    name = entry["name"]
     weight, inputs = entry["weight"], entry["input"]
     levels = tensors[f"{name}.weight"]
     scale_shape = () if weight is None or len(weight["scale"]) == 1 else (-1,) + (1,) * (len(entry["shape"]) - 1)
     integer_layer = IntegerLayer(
         name=name,
         geometry=Geometry.of(layer),
-        weight=torch.empty_like(layer.weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
+        weight=torch.empty_like(float_weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
         weight_levels=None if weight is None else level_set_of(weight),
         weight_scale=torch.tensor([1.0] if weight is None else weight["scale"]).reshape(scale_shape),
         input_levels=None if inputs is None else level_set_of(inputs),
         input_clip=None if inputs is None else torch.tensor(inputs["clip"]).reshape(()),
         bias=tensors.get(f"{name}.bias"),
         rectifier=rectifier,
-    ).to(device)
+    ).to(float_weight.device)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for suffix in ("", "_with_kwargs"):
             vars(integer_layer)[hooks + suffix] = vars(layer)[hooks + suffix].copy()

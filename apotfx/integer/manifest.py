@@ -189,8 +189,8 @@ def _wrong_geometry(place: Place, layer: dict) -> Iterator[tuple[Place, str]]:
     dims = int(layer["type"][-2])
     if len(layer["shape"]) != dims + 2:
         yield (*place, "shape"), f"{dims + 2} sizes"
-    for key in ("stride", "padding", "dilation"):
-        if len(layer["operator"][key]) != dims:
+    for key in ("stride", "padding", "output_padding", "dilation"):
+        if len(layer["operator"].get(key, range(dims))) != dims:
             yield (*place, "operator", key), f"{dims} integers"
     if layer["shape"][0] % layer["operator"]["groups"]:
         yield (*place, "operator", "groups"), f"a divisor of the {layer['shape'][0]} output channels"

@@ -11,10 +11,12 @@ from torch import fx, nn
 from apotfx.analysis import IN_PLACE_OPERATORS, rectified_range, torch_name
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
-from apotfx.layers import QUANT_LAYERS
+from apotfx.layers import float_type_of, kind_of
+from apotfx.operators import TransposedConvolution
 from apotfx.reproducible import AVERAGE_POOLS, Average
-from apotfx.rewrite import ByMode
+from apotfx.tracing import ByMode
 
+PLAIN_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 # Of torch's functions, which torch.fx cannot ask for them in every version.
 MAX_POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 AVERAGE_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -26,7 +28,8 @@ class Operation:
     """One node.
 
     Attributes:
-        kind: "input"; "output"; "layer" (an IntegerLayer); "float_layer" (one that the policy left in float); "affine" (an
+        kind: "input"; "output"; "layer" (an IntegerLayer, unless it is a transposed convolution); "float_layer" (one that
+            the policy left in float, likewise); "affine" (an
             Affine); "clamp" (to `low`, `high`, which may be infinite); "add" (two tensors); "max_pool" and
             "average_pool" (`kernel`, `stride`, `padding` and, for a maximum, `dilation`, one number per dimension;
             `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, with or without `keepdim`);
@@ -122,12 +125,13 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Operation:
         return Operation("input" if node.op == "placeholder" else "output", node, inputs)
     module = modules[node.target] if node.op == "call_module" else None
     if isinstance(module, IntegerLayer):
-        return Operation("layer", node, inputs, module)
+        transposed = isinstance(module.geometry.operator, TransposedConvolution)
+        return Operation("other" if transposed else "layer", node, inputs, module)
     if isinstance(module, Affine):
         return Operation("affine", node, inputs, module)
     if isinstance(module, ByMode):
         return Operation("constant", node)
-    if type(module) in QUANT_LAYERS:
+    if float_type_of(module) is not None and kind_of(module) in PLAIN_KINDS and len(inputs) == 1:
         return Operation("float_layer", node, inputs, module)
     limits = rectified_range(node, modules)
     if limits is not None:

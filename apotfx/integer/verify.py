@@ -350,7 +350,8 @@ def _nodes(graph_module: fx.GraphModule, images: Tensor) -> Iterator[_Step]:
         outputs = value if isinstance(value, Tensor) else None
         module = modules[node.target] if node.op == "call_module" else None
         if isinstance(module, (QuantLayer, IntegerLayer)):
-            codes, accumulators = module.codes_and_accumulators(interpreter.env[node.all_input_nodes[0]])
+            args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
+            codes, accumulators = module.codes_and_accumulators(*args, **kwargs)
         elif isinstance(module, ByteLayer):
             levels = interpreter.env[node.all_input_nodes[0]]
             codes, accumulators, outputs = levels.float() - module.zero_point, module.accumulators(levels), None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from apotfx.attention import MultiheadAttention, split_projections
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.training.config import TrainConfig
@@ -125,6 +126,9 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, carry_over: bool = F
         ApotfxError: a name or shape that does not fit; names it and what either side has.
     """
     expected, state = model.state_dict(), checkpoint.state
+    for name, module in model.named_modules():
+        if isinstance(module, MultiheadAttention):
+            state = split_projections(state, f"{name}.")
     if carry_over:
         fits = {k for k in expected if k in state and state[k].shape == expected[k].shape}
         expected, state = (

@@ -26,6 +26,7 @@ from ..calibrate import observed_inputs
 from ..clips import sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
+from ..rewrite import layer_parameters
 from ..levels import LevelSet
 from ..policy import Plan
 from ..quantizers import Quantizer
@@ -117,10 +118,13 @@ class Monitor:
             step: the step that the values belong to.
         """
         usages = {"weight": [], "input": []}
-        for name, x in _observe_inputs(qmodel, images).items():
-            layer = qmodel.get_submodule(name)
+        inputs = _observe_inputs(qmodel, images)
+        layers = {name: qmodel.get_submodule(name) for name in inputs}
+        weights = layer_parameters(qmodel, layers)
+        for name, x in inputs.items():
+            layer = layers[name]
             if layer.weight_quantizer is not None:
-                usages["weight"].append(self._weight(name, layer, step))
+                usages["weight"].append(self._weight(name, layer, weights[name][0], step))
             if layer.input_quantizer is not None:
                 measured = _measure(layer.input_quantizer, x, layer.input_quantizer.used_clip)
                 self._quantizer(f"{name}/input", measured, step)
@@ -129,11 +133,11 @@ class Monitor:
             if rows:
                 self.writer.add_image(f"level_usage/{kind}", _usage_picture(rows), step, dataformats="HW")
 
-    def _weight(self, name: str, layer: QuantLayer, step: int) -> Tensor:
+    def _weight(self, name: str, layer: QuantLayer, weight: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            operand = layer.weight_operand()
-            weight, clip = operand.values, operand.used_clip
-        measured = _measure(layer.weight_quantizer, sample(weight), sample(clip.expand_as(weight)))
+            operand = layer.weight_operand(weight)
+            values, clip = operand.values, operand.used_clip
+        measured = _measure(layer.weight_quantizer, sample(values), sample(clip.expand_as(values)))
         self._quantizer(f"{name}/weight", measured, step)
         for which, values in (("float", measured.values), ("quantized", measured.quantized)):
             finite = values[values.isfinite()]

@@ -1,0 +1,270 @@
+"""From a module to a graph: torch.fx, which goes around what it cannot enter."""
+
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .attention import MultiheadAttention
+from .errors import ApotfxError
+from .layers import float_type_of
+
+TORCH_FILES = str(Path(torch.__file__).parent)
+
+
+class ByMode(nn.Module):
+    """A constant of the traced code that depends on the mode, such as `training=self.training`."""
+
+    def __init__(self, in_training: object, in_evaluation: object):
+        super().__init__()
+        self.in_training, self.in_evaluation = in_training, in_evaluation
+
+    def forward(self) -> object:
+        return self.in_training if self.training else self.in_evaluation
+
+    def extra_repr(self) -> str:
+        return f"{self.in_training} in training, {self.in_evaluation} in evaluation"
+
+
+def trace(
+    model: nn.Module,
+    *,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+) -> nn.Module:
+    """`model` as a graph; shares its parameters and leaf modules. A GraphModule is returned as it is.
+
+    Tracing runs the model's forward, which may leave marks on it: pass a copy. Arguments of calls that depend on
+    the mode, such as `F.dropout(x, training=self.training)`, follow `train()` and `eval()` of the graph too.
+
+    A module that torch.fx cannot enter is kept whole, as one node. Where that is the model itself, there is no graph,
+    and the model is returned.
+
+    Args:
+        concrete_args: arguments of forward that are fixed, by name, as in `torch.fx.symbolic_trace`.
+        example_inputs: inputs of forward, of which only shapes and types are used: a tensor, a sequence of positional
+            arguments or a dict of keyword arguments. Control flow on shapes then takes the path that it takes for these.
+
+    Returns:
+        A GraphModule, or `model`. Its `meta["leaves"]` says by module name why a module was kept whole ("" for the
+        model itself).
+
+    Raises:
+        ApotfxError: not a module, or one that is wrapped; says what to pass instead.
+    """
+    require_traceable(model)
+    if isinstance(model, fx.GraphModule):
+        model.meta.setdefault("leaves", {})
+        return model
+    tracer = _Tracer(model, example_inputs)
+    try:
+        graph = tracer.trace(model, concrete_args)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        vars(model)["meta"] = {"leaves": {"": explain(error)}}
+        return model
+    graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    graph_module.meta["leaves"] = tracer.leaves
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in graph_module.named_modules():
+        module.training = modes.get(name, module.training)  # torch.fx makes containers anew
+    _follow_mode(graph_module, model, _nodes_in_other_mode(model, concrete_args, example_inputs))
+    return graph_module
+
+
+def graph_of(model: nn.Module) -> fx.Graph:
+    """The graph of what `trace` returned; an empty one for a model that could not be traced."""
+    return model.graph if isinstance(model, fx.GraphModule) else fx.Graph()
+
+
+def require_traceable(model: nn.Module) -> None:
+    """Raises: ApotfxError: not a module, or one that is wrapped or compiled."""
+    if not isinstance(model, nn.Module):
+        raise ApotfxError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ApotfxError(f"model: is wrapped in {type(model).__name__}; quantize model.module, then wrap the result")
+    if hasattr(model, "_orig_mod"):
+        raise ApotfxError("model: was compiled; quantize model._orig_mod, then torch.compile the result")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ApotfxError("model: was compiled by torch.jit; quantize the module that it was made from")
+
+
+def explain(error: Exception) -> str:
+    """Where the traced code raised `error`, and what, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH_FILES)]
+    frames = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    return f"{place}{type(error).__name__}: {reason[:200]}"
+
+
+class _Tracer(fx.Tracer):
+    """Enters what it can; what it cannot becomes a leaf on the spot.
+
+    Attributes:
+        leaves: the names of such modules, and why.
+    """
+
+    def __init__(self, model: nn.Module | None = None, example_inputs: object = None):
+        super().__init__()  # pickled graphs make a tracer without arguments
+        self.leaves: dict[str, str] = {}
+        self._names = {} if model is None else {id(tensor): name for name, tensor in model.named_parameters()}
+        self._attributes: dict[str, fx.Proxy] = {}
+        self._shapes = None if example_inputs is None else _Shapes(model, example_inputs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        layer = float_type_of(m) is not None or isinstance(m, MultiheadAttention)
+        return layer or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m, forward, args, kwargs):
+        if self._is_evaluating:
+            return forward(*args, **kwargs)
+        last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # the module's own code may raise anything
+            name = self.path_of_module(m)
+            self.leaves[name] = explain(error)
+            self.module_stack = stack
+            self._forget_after(last)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+    def _forget_after(self, last: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            self._attributes = {key: proxy for key, proxy in self._attributes.items() if proxy.node is not node}
+            self.graph.erase_node(node)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        """As torch's, which looks for the name in all parameters on every call."""
+        if self._is_evaluating or not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self._names:
+            return attr_val
+        name = self._names[id(attr_val)]
+        if name not in self._attributes:
+            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return super().to_bool(obj) if self._shapes is None else self._shapes.truth(obj.node, self)
+
+    @property
+    def _is_evaluating(self) -> bool:
+        return self._shapes is not None and self._shapes.is_evaluating
+
+
+class _Shapes:
+    """Decides control flow on shapes, while a graph is made, by running it on tensors that hold no values."""
+
+    def __init__(self, model: nn.Module, example_inputs: object):
+        self.model = model
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.inputs = bind(example_inputs)
+        self.values: dict[fx.Node, object] = {}
+        self.is_evaluating = False
+
+    def truth(self, node: fx.Node, tracer: fx.Tracer) -> bool:
+        """Raises whatever the network or torch raises, also where `node` depends on the values of tensors."""
+        self.is_evaluating = True
+        try:
+            with self.mode, torch.no_grad():
+                for n in node.graph.nodes:
+                    if n not in self.values:
+                        self.values[n] = self._evaluate(n)
+                    if n is node:
+                        return bool(self.values[n])
+        finally:
+            self.is_evaluating = False
+        raise AssertionError("the node is not in the graph")
+
+    def _evaluate(self, node: fx.Node) -> object:
+        if node.op == "placeholder":
+            return self._input(node)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if node.op == "get_attr":
+            return attribute(self.model, node.target)
+        if node.op == "call_module":
+            return self.model.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _input(self, node: fx.Node) -> object:
+        args, kwargs = self.inputs
+        position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
+        if node.target in kwargs:
+            value = kwargs[node.target]
+        elif position < len(args):
+            value = args[position]
+        elif node.args:  # its default
+            value = node.args[0]
+        else:
+            raise ApotfxError(f"example_inputs: the model's input {node.target} is missing; pass an example for it")
+        convert = self.mode.from_tensor
+        return torch.utils._pytree.tree_map(lambda x: convert(x) if isinstance(x, Tensor) else x, value)
+
+
+def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]:
+    """Inputs of a network as (positional, keyword) arguments: a tensor, a sequence of the first, a dict of the others."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def attribute(model: nn.Module, path: str) -> object:
+    """The attribute of `model` that a get_attr node names."""
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)
+
+
+def _nodes_in_other_mode(model: nn.Module, concrete_args: dict | None, example_inputs: object) -> list[fx.Node]:
+    """The graph of `model` where every module that trains evaluates, and the other way round; [] if there is none."""
+
+    def toggle() -> None:
+        for module in model.modules():
+            module.training = not module.training
+
+    toggle()
+    try:
+        return list(_Tracer(model, example_inputs).trace(model, concrete_args).nodes)
+    except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
+        return []
+    finally:
+        toggle()
+
+
+def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx.Node]) -> None:
+    """Make numbers and flags that differ from those in `others`, the nodes in the other mode, depend on the mode.
+
+    Each becomes a `ByMode` that both `graph_module` and `model` hold.
+    """
+    nodes = list(graph_module.graph.nodes)
+    # Constants, which are read as get_attr, get another name in every trace.
+    path, other_path = ([(n.op, n.target if n.op != "get_attr" else "") for n in graph] for graph in (nodes, others))
+    if path != other_path:
+        warnings.warn(
+            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the "
+            f"graph keeps the path of {'training' if graph_module.training else 'evaluation'}",
+            stacklevel=4,
+        )
+        return
+    differing = [
+        (node, update, key, here, there)
+        for node, twin in zip(nodes, others, strict=True)
+        for update, mine, theirs in (
+            (node.update_arg, enumerate(node.args), twin.args),
+            (node.update_kwarg, node.kwargs.items(), twin.kwargs),
+        )
+        for key, here in mine
+        if isinstance(here, (bool, int, float)) and here != (there := theirs[key])
+    ]
+    for i, (node, update, key, here, there) in enumerate(differing):
+        by_mode = ByMode(here, there) if graph_module.training else ByMode(there, here)
+        for root in (graph_module, model):
+            root.add_module(f"by_mode_{i}", by_mode.train(graph_module.training))
+        with graph_module.graph.inserting_before(node):
+            update(key, graph_module.graph.call_module(f"by_mode_{i}"))
+    graph_module.recompile()
