@@ -2,8 +2,11 @@
 
 import dataclasses
 import fnmatch
+import itertools
+import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -18,18 +21,27 @@ from .quantizers import NORMALIZATIONS
 FLOAT_BITS = 32
 POSITIONS = ("first", "last")
 GRANULARITIES = ("tensor", "channel")
+PER_NAME = ("bits", "weight_bits", "activation_bits", "scheme")  # a value each, where a rule lists names
 
 
 @dataclass(frozen=True)
 class Rule:
     """What the layers that match get. The first rule that matches a layer decides.
 
-    A rule that leaves `name`, `type` and `position` at their defaults matches every layer.
+    A rule matches the layers that fit all of `name`, `regex`, `type`, `depthwise`, `kernel_size`, `position` and
+    `index`; by default every layer fits. Lists are kept as tuples.
 
     Attributes:
-        name: glob on the layer's whole qualified name, such as "layer1.*.conv?"; case-sensitive.
-        type: the layer's type, "Conv2d" or "Linear"; None for any.
+        name: glob on the layer's whole qualified name, such as "layer1.*.conv?", case-sensitive; or a list of globs,
+            one of which must fit, and each of which must fit a layer.
+        regex: regular expression that fits the layer's whole qualified name; None for any.
+        type: what the plan calls the layer, such as "F.conv2d" or the name of a class of your own, or what it computes:
+            "Conv1d" to "Conv3d", "ConvTranspose1d" to "ConvTranspose3d", "Linear"; None for any.
+        depthwise: True for a convolution that reads a single input channel for every output channel, False for every
+            other layer; None for any.
+        kernel_size: of a convolution: one number for all dimensions, or a list with one per dimension; None for any.
         position: "first" (no other layer before it), "last" (no other layer after it); None for any.
+        index: the layer's row in the plan from 0, or from the end by -1, -2, ...; or a list of rows; None for any.
         scheme: "apot", "pot", "uniform", or "float", which leaves the layer as it is.
         weight_bits: 2 to 8, the sign included; 32 for float.
         activation_bits: of the layer's input, 2 to 8, the sign included where it has one; 32 for float.
@@ -40,9 +52,13 @@ class Rule:
             and its input, see `operators.accumulator_bound`; a layer that does not is an error. None for any.
     """
 
-    name: str = "*"
+    name: str | tuple[str, ...] = "*"
+    regex: str | None = field(default=None, kw_only=True)
     type: str | None = None
+    depthwise: bool | None = field(default=None, kw_only=True)
+    kernel_size: int | tuple[int, ...] | None = field(default=None, kw_only=True)
     position: str | None = None
+    index: int | tuple[int, ...] | None = field(default=None, kw_only=True)
     scheme: str = "apot"
     weight_bits: int = 4
     activation_bits: int = 4
@@ -52,9 +68,14 @@ class Rule:
     max_accumulator_bits: int | None = None
 
     def __post_init__(self):
-        _require_type(self, "name", str)
-        if self.type is not None:
-            _require_type(self, "type", str)
+        for key in ("name", "kernel_size", "index"):
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        self._check_names()
+        if self.depthwise is not None and not isinstance(self.depthwise, bool):
+            raise ApotfxError(f"{self}: depthwise {self.depthwise!r} is unknown; choose one of true, false")
+        _require_whole_numbers(self, "kernel_size", "whole number of at least 1", 1)
+        _require_whole_numbers(self, "index", "whole number")
         _require_choice(self, "position", (None, *POSITIONS))
         _require_choice(self, "scheme", (*SCHEMES, "float"))
         _require_choice(self, "granularity", GRANULARITIES)
@@ -70,6 +91,22 @@ class Rule:
             raise ApotfxError(f"{self}: clip_grad_factor {factor!r} is not a number of at least 0")
         self._check_max_accumulator_bits()
 
+    def _check_names(self) -> None:
+        if self.name == ():
+            raise ApotfxError("rule: name [] is empty; list a glob or more, or leave it out")
+        for name in _as_tuple(self.name):
+            _require_str("name", name)
+        for key in ("regex", "type"):
+            if getattr(self, key) is not None:
+                _require_str(key, getattr(self, key))
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ApotfxError(
+                f"{self}: regex {self.regex!r} is not a regular expression ({error}); write it as Python's "
+                "re.fullmatch takes it"
+            ) from None
+
     def _check_max_accumulator_bits(self) -> None:
         bits = self.max_accumulator_bits
         if bits is None:
@@ -83,26 +120,58 @@ class Rule:
             )
 
     def __str__(self) -> str:
-        what = [f"name={self.name}"] if self.name != "*" else []
-        what += [f"{key}={getattr(self, key)}" for key in ("type", "position") if getattr(self, key) is not None]
-        return "rule " + (" ".join(what) or "*")
+        keys = ("name", "regex", "type", "depthwise", "kernel_size", "position", "index")
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) not in (None, "*")}
+        return "rule " + (" ".join(f"{key}={_listed(value)}" for key, value in given.items()) or "*")
 
-    def matches(self, layer: LayerFacts) -> bool:
+    def matching(self, layers: Sequence[LayerFacts]) -> list[int]:
+        """The positions in `layers`, which are in the order of the plan, of those that the rule matches."""
+        fits = [i for i, layer in enumerate(layers) if self._describes(layer)]
+        if self.index is None:
+            return fits
+        index = _as_tuple(self.index)
+        return [i for i in fits if i in index or i - len(layers) in index]
+
+    def _describes(self, layer: LayerFacts) -> bool:
+        size = self.kernel_size
         return (
-            fnmatch.fnmatchcase(layer.name, self.name)
-            and self.type in (None, layer.type)
+            any(fnmatch.fnmatchcase(layer.name, glob) for glob in _as_tuple(self.name))
+            and (self.regex is None or re.fullmatch(self.regex, layer.name) is not None)
+            and self.type in (None, layer.type, layer.kind or None)
+            and self.depthwise in (None, layer.depthwise)
+            and (size is None or layer.kernel_size == size or set(layer.kernel_size) == {size})
             and (self.position is None or getattr(layer, f"is_{self.position}"))
         )
+
+
+def _as_tuple(value: object) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _plain(value: object) -> object:
+    """`value` as YAML and JSON know it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _listed(value: object) -> str:
+    values = [str(v) for v in _as_tuple(value)]
+    return ",".join(values if len(values) <= 3 else [*values[:2], "...", values[-1]])
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_type(rule: Rule, key: str, expected: type) -> None:
+def _require_str(key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ApotfxError(f"rule: {key} {value!r} is not a str; quote it")
+
+
+def _require_whole_numbers(rule: Rule, key: str, what: str, least: float = -math.inf) -> None:
     value = getattr(rule, key)
-    if not isinstance(value, expected):
-        raise ApotfxError(f"rule: {key} {value!r} is not a {expected.__name__}; quote it")
+    numbers = _as_tuple(value)
+    if value is not None and not (numbers and all(_is_whole(n) and n >= least for n in numbers)):
+        raise ApotfxError(f"{rule}: {key} {_plain(value)!r} is neither a {what} nor a list of such")
 
 
 def _require_choice(rule: Rule, key: str, choices: Sequence) -> None:
@@ -146,7 +215,10 @@ class BitPolicy:
 
     @classmethod
     def from_dict(cls, content: object, source: str = "policy") -> "BitPolicy":
-        """The policy that `to_dict` gave. `bits` in a rule is short for both kinds of bits.
+        """The policy that `to_dict` gave.
+
+        `bits` in a rule is short for both kinds of bits. Where `name` is a list, `bits`, `weight_bits`,
+        `activation_bits` and `scheme` may be lists of the same length: the rule then stands for one rule per name.
 
         Raises:
             ApotfxError: anything but `{"rules": [{...}, ...]}` with known keys and values; names `source`.
@@ -154,10 +226,12 @@ class BitPolicy:
         rules = content["rules"] if isinstance(content, dict) and set(content) == {"rules"} else None
         if not isinstance(rules, list) or not rules:
             raise ApotfxError(f"{source}: expected one key `rules` with a list of rules, got {_abbreviated(content)}")
-        return cls(tuple(_rule_from_dict(rule, f"{source}: rule {i}") for i, rule in enumerate(rules, 1)))
+        expanded = (_rules_from_dict(rule, f"{source}: rule {i}") for i, rule in enumerate(rules, 1))
+        return cls(itertools.chain.from_iterable(expanded))
 
     def to_dict(self) -> dict:
-        return {"rules": [dataclasses.asdict(rule) for rule in self.rules]}
+        """Plain data, with every key of every rule."""
+        return {"rules": [{k: _plain(v) for k, v in dataclasses.asdict(rule).items()} for rule in self.rules]}
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "BitPolicy":
@@ -174,9 +248,27 @@ class BitPolicy:
         write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
 
-def _rule_from_dict(content: object, source: str) -> Rule:
+def _rules_from_dict(content: object, source: str) -> list[Rule]:
     if not isinstance(content, dict):
         raise ApotfxError(f"{source}: expected keys and values, got {_abbreviated(content)}")
+    lists = {key: content[key] for key in PER_NAME if isinstance(content.get(key), list)}
+    if not lists:
+        return [_rule_from_dict(content, source)]
+    names = content.get("name")
+    for key, values in lists.items():
+        if not isinstance(names, list) or len(names) != len(values):
+            count = f"{len(names)} names" if isinstance(names, list) else "no list of names"
+            raise ApotfxError(
+                f"{source}: {key} {_abbreviated(values)} has {len(values)} values for {count}; list one value per "
+                "name, or give one for all"
+            )
+    return [
+        _rule_from_dict(content | {"name": name} | {key: values[i] for key, values in lists.items()}, source)
+        for i, name in enumerate(names)
+    ]
+
+
+def _rule_from_dict(content: dict, source: str) -> Rule:
     content = dict(content)
     if "bits" in content:
         bits = content.pop("bits")
@@ -218,6 +310,32 @@ class PlannedLayer:
     def quantized(self) -> bool:
         return self.weight is not None or self.input is not None
 
+    def explain(self) -> str:
+        """What the layer gets in a line, then a line for each decision and its reason."""
+        facts = self.facts
+        gets = "float"
+        if self.quantized:
+            how = f" per {self.rule.granularity}, {self.rule.normalization}" if self.weight is not None else ""
+            gets = f"weight {_levels_text(self.weight)}{how}; input {_levels_text(self.input)}"
+        sign = "signed" if facts.signed_input else "unsigned"
+        position = " and ".join(p for p in POSITIONS if getattr(facts, f"is_{p}")) or "neither first nor last"
+        lines = [
+            f"{facts.name} ({facts.type}): {gets}",
+            f"stays {self.reason}" if self.rule is None else f"decided by: {self.reason}",
+            _because(f"input {sign}", facts.sign_reason),
+            _because(position, facts.position_reason),
+            f"a batch norm {'is' if facts.feeds_batch_norm else 'is not'} its only reader",
+        ]
+        return "\n    ".join(lines)
+
+
+def _because(decision: str, reason: str) -> str:
+    return f"{decision}: {reason}" if reason else decision
+
+
+def _levels_text(levels: LevelSet | None) -> str:
+    return "float" if levels is None else f"{levels.bits}-bit {levels.scheme}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -233,32 +351,53 @@ class Plan:
 
     @staticmethod
     def _row(layer: PlannedLayer) -> tuple[str, ...]:
-        def levels(level_set: LevelSet | None) -> str:
-            return "float" if level_set is None else f"{level_set.bits}-bit {level_set.scheme}"
-
         sign = "signed" if layer.facts.signed_input else "unsigned"
         how = (layer.rule.granularity, layer.rule.normalization) if layer.weight is not None else ("-", "-")
-        return (layer.facts.name, layer.facts.type, levels(layer.weight), levels(layer.input), sign, *how, layer.reason)
+        levels = (_levels_text(layer.weight), _levels_text(layer.input))
+        return (layer.facts.name, layer.facts.type, *levels, sign, *how, layer.reason)
 
     def __str__(self) -> str:
         return tabulate(self.rows(), self.HEADERS)
+
+    def explain(self) -> str:
+        """Per layer what it gets, and each decision with its reason, as text of a few lines."""
+        return "\n".join(layer.explain() for layer in self.layers)
 
 
 def resolve(policy: BitPolicy, layers: Sequence[LayerFacts]) -> Plan:
     """The plan that `policy` makes for `layers`.
 
     Raises:
-        ApotfxError: a rule that matches no layer, or levels that do not exist; names the rule or the layer.
+        ApotfxError: a rule that matches no layer, a name in a rule's list that matches none, an index beyond the
+            layers, or levels that do not exist; names the rule or the layer.
     """
-    for i, rule in enumerate(policy.rules, 1):
-        if not any(rule.matches(layer) for layer in layers):
+    matching = [_matching(i, rule, layers) for i, rule in enumerate(policy.rules, 1)]
+    return Plan(
+        tuple(
+            _resolve_layer(next((r for r, found in zip(policy.rules, matching) if i in found), None), layer)
+            for i, layer in enumerate(layers)
+        )
+    )
+
+
+def _matching(number: int, rule: Rule, layers: Sequence[LayerFacts]) -> set[int]:
+    """The positions of the layers that `rule` matches, after a check that all of the rule has some effect."""
+    source, count = f"policy: rule {number} ({rule})", len(layers)
+    for i in _as_tuple(rule.index):
+        if i is not None and not -count <= i < count:
+            raise ApotfxError(
+                f"{source}: index {i} is out of range; the {count} layers are 0 to {count - 1}, or -{count} to -1"
+            )
+    matching = rule.matching(layers)
+    for glob in _as_tuple(rule.name):
+        if not any(fnmatch.fnmatchcase(layers[i].name, glob) for i in matching):
+            what = f": {glob!r} in its list of names" if isinstance(rule.name, tuple) else ""
             names = ", ".join(layer.name for layer in layers[:4])
-            raise ApotfxError(f"policy: rule {i} ({rule}) matches no layer; the layers are {names}, ...")
-    return Plan(tuple(_resolve_layer(policy, layer) for layer in layers))
+            raise ApotfxError(f"{source}{what} matches no layer; the layers are {names}, ...")
+    return set(matching)
 
 
-def _resolve_layer(policy: BitPolicy, layer: LayerFacts) -> PlannedLayer:
-    rule = next((rule for rule in policy.rules if rule.matches(layer)), None)
+def _resolve_layer(rule: Rule | None, layer: LayerFacts) -> PlannedLayer:
     if layer.obstacle is not None:
         return PlannedLayer(layer, None, None, None, f"float: {layer.obstacle}")
     if rule is None:

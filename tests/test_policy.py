@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import json
 import re
 
 import pytest
@@ -9,13 +11,24 @@ from apotfx.analysis import LayerFacts
 from apotfx.policy import resolve
 
 
-def layer(name="conv", type="Conv2d", signed_input=False, is_first=False, is_last=False, obstacle=None):
-    return LayerFacts(name, type, signed_input, is_first, is_last, False, obstacle)
+def layer(name="conv", type="Conv2d", signed_input=False, is_first=False, is_last=False, obstacle=None, **more):
+    return LayerFacts(name, type, signed_input, is_first, is_last, False, obstacle, **more)
 
 
 LAYERS = [
     layer("conv1", is_first=True, signed_input=True), layer("layer1.0.conv1"), layer("layer1.0.conv2"),
     layer("layer2.0.conv1", signed_input=True), layer("fc", "Linear", is_last=True),
+]  # fmt: skip
+
+SHAPES = [
+    layer("stem", kind="Conv2d", kernel_size=(7, 7)),
+    layer("dw", kind="Conv2d", kernel_size=(3, 3), depthwise=True),
+    layer("pw", "MyConv", kind="Conv2d", kernel_size=(1, 1)),
+    layer("conv2d", "F.conv2d", kind="Conv2d", kernel_size=(1, 7)),
+    layer("conv1d", "Conv1d", kind="Conv1d", kernel_size=(7,)),
+    layer("up", "ConvTranspose2d", kind="ConvTranspose2d", kernel_size=(3, 3)),
+    layer("fc", "Linear", kind="Linear"),
+    layer("rnn", "LSTM", obstacle="LSTM has no quantized version"),
 ]  # fmt: skip
 
 
@@ -30,7 +43,27 @@ def decided(policy, layers=LAYERS):
 WRONG_RULES = [
     ({"name": 5}, "rule: name 5 is not a str; quote it"),
     ({"name": None}, "rule: name None is not a str"),
+    ({"name": []}, r"rule: name \[\] is empty; list a glob or more, or leave it out"),
+    ({"name": ["fc", 5]}, "rule: name 5 is not a str; quote it"),
+    ({"regex": 5}, "rule: regex 5 is not a str; quote it"),
+    (
+        {"regex": "conv("},
+        r"rule regex=conv\(: regex 'conv\(' is not a regular expression \(missing \), .*; write it as Python's re.fullmatch",
+    ),
     ({"type": 5}, "rule: type 5 is not a str; quote it"),
+    ({"depthwise": "yes"}, "rule depthwise=yes: depthwise 'yes' is unknown; choose one of true, false"),
+    ({"depthwise": 1}, "depthwise 1 is unknown; choose one of true, false"),
+    *(
+        (
+            {"kernel_size": size},
+            rf"kernel_size {re.escape(repr(size))} is neither a whole number of at least 1 nor a list of such",
+        )
+        for size in (0, 3.0, "3", True, [], [3, 0], ["3"])
+    ),
+    *(
+        ({"index": i}, rf"index {re.escape(repr(i))} is neither a whole number nor a list of such")
+        for i in (1.0, "0", False, [], [0, None])
+    ),
     ({"position": "middle"}, "rule position=middle: position 'middle' is unknown; choose one of first, last"),
     ({"position": 1}, "position 1 is unknown"),
     ({"position": ["first"]}, r"position \['first'\] is unknown"),
@@ -91,12 +124,39 @@ def test_accumulator_bits_at_their_limits(bits):
     (Rule(name="layer1*", type="Conv2d"), "layer1.0.conv1 layer1.0.conv2"),
 ], ids=str)  # fmt: skip
 def test_what_a_rule_matches(rule, names):
-    assert [facts.name for facts in LAYERS if rule.matches(facts)] == names.split()
+    assert [LAYERS[i].name for i in rule.matching(LAYERS)] == names.split()
+
+
+@pytest.mark.parametrize("rule, names", [
+    (Rule(name=["conv?d", "fc"]), "conv2d conv1d fc"), (Rule(name=("fc", "stem")), "stem fc"), (Rule(name=["up"]), "up"),
+    (Rule(regex="(d|p)w"), "dw pw"), (Rule(regex="w"), ""), (Rule(regex="conv."), ""), (Rule(regex=r"conv\dd"), "conv2d conv1d"),
+    (Rule(name="*w", regex="d.*"), "dw"),
+    (Rule(type="Conv2d"), "stem dw pw conv2d"), (Rule(type="MyConv"), "pw"), (Rule(type="F.conv2d"), "conv2d"),
+    (Rule(type="ConvTranspose2d"), "up"), (Rule(type="LSTM"), "rnn"), (Rule(type=""), ""),
+    (Rule(depthwise=True), "dw"), (Rule(depthwise=False), "stem pw conv2d conv1d up fc rnn"),
+    (Rule(kernel_size=7), "stem conv1d"), (Rule(kernel_size=[7]), "conv1d"), (Rule(kernel_size=(7, 7)), "stem"),
+    (Rule(kernel_size=[1, 7]), "conv2d"), (Rule(kernel_size=[7, 1]), ""), (Rule(kernel_size=1), "pw"),
+    (Rule(kernel_size=3), "dw up"), (Rule(kernel_size=3, depthwise=False), "up"), (Rule(type="Linear", kernel_size=1), ""),
+    (Rule(index=0), "stem"), (Rule(index=-1), "rnn"), (Rule(index=[-8, 2, 6]), "stem pw fc"), (Rule(index=8), ""),
+    (Rule(index=[1, 2], kernel_size=3), "dw"), (Rule(index=-9), ""),
+], ids=str)  # fmt: skip
+def test_what_a_rule_matches_by_shape_and_place(rule, names):
+    assert [SHAPES[i].name for i in rule.matching(SHAPES)] == names.split()
+
+
+def test_a_list_is_kept_as_a_tuple():
+    rule = Rule(name=["a", "b"], kernel_size=[3, 1], index=[0, -1])
+    assert (rule.name, rule.kernel_size, rule.index) == (("a", "b"), (3, 1), (0, -1))
+    assert rule == Rule(name=("a", "b"), kernel_size=(3, 1), index=(0, -1)) and hash(rule)
 
 
 @pytest.mark.parametrize("rule, text", [
     (Rule(), "rule *"), (Rule(name="fc"), "rule name=fc"),
     (Rule(type="Linear", position="last"), "rule type=Linear position=last"),
+    (Rule(name=["a", "b.*"], regex=".*", depthwise=False), "rule name=a,b.* regex=.* depthwise=False"),
+    (Rule(name=["a", "b", "c", "d", "e"], kernel_size=[3, 1], index=[0, -1]),
+     "rule name=a,b,...,e kernel_size=3,1 index=0,-1"),
+    (Rule(kernel_size=3, index=0), "rule kernel_size=3 index=0"),
 ])  # fmt: skip
 def test_a_rule_is_named_by_what_it_matches(rule, text):
     assert str(rule) == text
@@ -157,6 +217,38 @@ def test_an_obstacle_wins_over_every_rule():
 def test_a_rule_that_matches_nothing_is_an_error(rule, message):
     with pytest.raises(ApotfxError, match=message):
         resolve(BitPolicy((Rule(name="conv1"), rule)), LAYERS)
+
+
+@pytest.mark.parametrize("rule, message", [
+    (Rule(name=["fc", "up*", "conv9"]),
+     r"policy: rule 2 \(rule name=fc,up\*,conv9\): 'conv9' in its list of names matches no layer; the layers are stem, dw"),
+    (Rule(name=["fc", "up"], type="Linear"), r"rule 2 \(rule name=fc,up type=Linear\): 'up' in its list of names matches"),
+    (Rule(regex="s"), r"rule 2 \(rule regex=s\) matches no layer"),
+    (Rule(kernel_size=1, depthwise=True), r"rule 2 \(rule depthwise=True kernel_size=1\) matches no layer"),
+    (Rule(index=8), r"policy: rule 2 \(rule index=8\): index 8 is out of range; the 8 layers are 0 to 7, or -8 to -1"),
+    (Rule(index=[0, -9]), r"rule 2 \(rule index=0,-9\): index -9 is out of range"),
+], ids=str)  # fmt: skip
+def test_a_part_of_a_rule_that_matches_nothing_is_an_error(rule, message):
+    with pytest.raises(ApotfxError, match=message):
+        resolve(BitPolicy((Rule(), rule)), SHAPES)
+
+
+def test_different_rules_in_one_network():
+    policy = BitPolicy((
+        Rule(index=[0, 6], scheme="uniform", weight_bits=8, activation_bits=8),
+        Rule(depthwise=True, scheme="float"), Rule(type="MyConv", scheme="pot", weight_bits=3, activation_bits=32),
+        Rule(kernel_size=[1, 7], weight_bits=32), Rule(regex="conv.*", weight_bits=2, activation_bits=5), Rule(name="rnn"),
+    ))  # fmt: skip
+    plan = resolve(policy, SHAPES)
+    got = [tuple(q and f"{q.scheme} {q.bits}" for q in (row.weight, row.input)) for row in plan.layers]
+    eight = ("uniform 8", "uniform 8")
+    assert got == [
+        eight, (None, None), ("pot 3", None), (None, "apot 4"), ("apot 2", "apot 5"), (None, None), eight, (None, None)
+    ]  # fmt: skip
+    assert [row.reason for row in plan.layers] == [
+        "rule index=0,6", "rule depthwise=True", "rule type=MyConv", "rule kernel_size=1,7", "rule regex=conv.*",
+        "float: no rule matches", "rule index=0,6", "float: LSTM has no quantized version",
+    ]  # fmt: skip
 
 
 def test_a_rule_that_others_outdo_is_no_error():
@@ -227,6 +319,8 @@ POLICIES = {
     "every-key": BitPolicy((
         Rule("layer1.*", "Conv2d", "first", "pot", 3, 4, "channel", "none", 0.01, 24),
         Rule(name="ü[!x]*: #", clip_grad_factor=2),
+        Rule(name=["a", "b*"], regex=r"\w+", depthwise=False, kernel_size=(3, 1), index=[0, -1]),
+        Rule(kernel_size=3, index=2, depthwise=True),
     )),
 }  # fmt: skip
 
@@ -243,6 +337,30 @@ def test_round_trips(policy, tmp_path):
 def test_to_dict_names_every_field():
     names = {field.name for field in dataclasses.fields(Rule)}
     assert all(set(rule) == names for rule in BitPolicy.default().to_dict()["rules"])
+
+
+def test_to_dict_is_plain_data():
+    policy = BitPolicy((Rule(name=["a", "b"], kernel_size=(3, 1), index=(0,)),))
+    (rule,) = policy.to_dict()["rules"]
+    assert (rule["name"], rule["kernel_size"], rule["index"]) == (["a", "b"], [3, 1], [0])
+    assert json.loads(json.dumps(policy.to_dict())) == policy.to_dict()
+
+
+@pytest.mark.parametrize("content, expected", [
+    ({"name": ["a", "b*"], "bits": [3, 5]}, [
+        Rule(name="a", weight_bits=3, activation_bits=3), Rule(name="b*", weight_bits=5, activation_bits=5)]),
+    ({"name": ["a", "b"], "bits": [3, 5], "activation_bits": 8, "scheme": ["pot", "apot"], "granularity": "channel"}, [
+        Rule(name="a", scheme="pot", weight_bits=3, activation_bits=8, granularity="channel"),
+        Rule(name="b", weight_bits=5, activation_bits=8, granularity="channel")]),
+    ({"name": ["a", "b"], "bits": 6, "weight_bits": [2, 4]}, [
+        Rule(name="a", weight_bits=2, activation_bits=6), Rule(name="b", weight_bits=4, activation_bits=6)]),
+    ({"name": ["a"], "activation_bits": [2]}, [Rule(name="a", activation_bits=2)]),
+    ({"name": ["a", "b"], "bits": 6}, [Rule(name=("a", "b"), weight_bits=6, activation_bits=6)]),
+], ids=str)  # fmt: skip
+def test_a_list_of_names_with_a_value_each(content, expected):
+    before = copy.deepcopy(content)
+    assert BitPolicy.from_dict({"rules": [content, {}]}).rules == (*expected, Rule())
+    assert content == before
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -266,7 +384,23 @@ WRONG = {
     "rule-not-a-dict": ({"rules": [{}, "fc"]}, "rule 2: expected keys and values, got 'fc'"),
     "unknown-key": (
         {"rules": [{}, {"nam": "fc"}]},
-        "rule 2: unknown key 'nam'; the keys are bits, name, type, position, scheme",
+        "rule 2: unknown key 'nam'; the keys are bits, name, regex, type, depthwise, kernel_size, position, index, scheme",
+    ),
+    "too-few-values": (
+        {"rules": [{}, {"name": ["a", "b"], "bits": [2]}]},
+        r"rule 2: bits \[2\] has 1 values for 2 names; list one value per name, or give one for all",
+    ),
+    "values-for-no-list": (
+        {"rules": [{"name": "a", "scheme": ["pot", "apot"]}]},
+        r"rule 1: scheme \['pot', 'apot'\] has 2 values for no list of names; list one value per name",
+    ),
+    "bad-value-in-a-list": (
+        {"rules": [{"name": ["a", "b"], "weight_bits": [2, 1]}]},
+        "rule 1: rule name=b: weight_bits 1 is out of range",
+    ),
+    "list-for-another-key": (
+        {"rules": [{"name": ["a", "b"], "granularity": ["tensor", "channel"]}]},
+        r"rule 1: rule name=a,b: granularity \['tensor', 'channel'\] is unknown",
     ),
     "key-not-a-string": ({"rules": [{4: 4}]}, "rule 1: unknown key 4"),
     "bad-value": ({"rules": [{"bits": 1}]}, "rule 1: rule \\*: weight_bits 1 is out of range"),
@@ -325,6 +459,56 @@ def test_the_text_of_a_plan():
     assert plan.rows() == rows
     lines = str(plan).splitlines()
     assert [tuple(re.split(r"\s{2,}", line.strip())) for line in [lines[0], *lines[2:]]] == [plan.HEADERS, *rows]
+
+
+def test_a_plan_explains_each_decision():
+    layers = [
+        layer("conv1", signed_input=True, is_first=True, sign_reason="the network's input x can be negative",
+              position_reason="no layer before it"),
+        dataclasses.replace(layer("conv2", sign_reason="relu (ReLU) is never negative"), feeds_batch_norm=True),
+        layer("conv3", position_reason="after conv2, before up"),
+        layer("up", "ConvTranspose2d", obstacle="too odd"),
+        layer("fc", "Linear", is_first=True, is_last=True),
+        layer("head", "Linear"),
+    ]  # fmt: skip
+    policy = BitPolicy((
+        Rule(position="first", scheme="uniform", weight_bits=8, activation_bits=32), Rule(name="conv2", weight_bits=32),
+        Rule(name="conv3", scheme="float"), Rule(name="up"),
+    ))  # fmt: skip
+    assert (
+        resolve(policy, layers).explain()
+        == """\
+conv1 (Conv2d): weight 8-bit uniform per tensor, rescale; input float
+    decided by: rule position=first
+    input signed: the network's input x can be negative
+    first: no layer before it
+    a batch norm is not its only reader
+conv2 (Conv2d): weight float; input 4-bit apot
+    decided by: rule name=conv2
+    input unsigned: relu (ReLU) is never negative
+    neither first nor last
+    a batch norm is its only reader
+conv3 (Conv2d): float
+    decided by: rule name=conv3
+    input unsigned
+    neither first nor last: after conv2, before up
+    a batch norm is not its only reader
+up (ConvTranspose2d): float
+    stays float: too odd
+    input unsigned
+    neither first nor last
+    a batch norm is not its only reader
+fc (Linear): weight 8-bit uniform per tensor, rescale; input float
+    decided by: rule position=first
+    input unsigned
+    first and last
+    a batch norm is not its only reader
+head (Linear): float
+    stays float: no rule matches
+    input unsigned
+    neither first nor last
+    a batch norm is not its only reader"""
+    )
 
 
 def test_plans_and_policies_are_values():

@@ -170,6 +170,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys):
     assert os.listdir() == ["policy.yaml"]
 
 
+def test_a_dry_run_explains(capsys):
+    assert call("--bit", 4, "--dry-run", "--explain") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("conv1 (Conv2d): weight 8-bit uniform per tensor, rescale; input 8-bit uniform\n")
+    assert re.search(
+        r"\nlayer1\.0\.conv1 \(Conv2d\): weight 4-bit apot .*\n    decided by: rule \*\n    input unsigned", out
+    )
+    assert os.listdir() == []
+
+
+def test_explain_needs_a_dry_run(capsys):
+    assert call("--explain") == 2
+    error = "train.py: error: --explain: explains the plan that --dry-run prints; add --dry-run\n"
+    assert capsys.readouterr().err == error and os.listdir() == []
+
+
 def test_float_then_teacher_then_lower_bits(run_float):
     result = json.loads((run_float / "result.json").read_text())
     assert result["bit"] == 32 and result["integer_test_acc"] is None and not (run_float / "integer").exists()

@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--image-size", type=int, help="resize images to this many pixels (default: as they are)")
     what.add_argument("--dry-run", action="store_true", help="print what each layer would get, and stop")
+    what.add_argument("--explain", action="store_true", help="with --dry-run: print the reason for each decision")
 
     how = p.add_argument_group("training")
     how.add_argument(
@@ -192,6 +193,8 @@ def run(args: argparse.Namespace) -> None:
     for flag, least in (("print_freq", 1), ("workers", 0)):
         if getattr(args, flag) < least:
             raise ApotfxError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
+    if "explain" in args and "dry_run" not in args:
+        raise ApotfxError("--explain: explains the plan that --dry-run prints; add --dry-run")
     given = explicit_settings(args)
     resume = read_checkpoint(args.resume) if "resume" in args else None
     pretrained = read_checkpoint(given["pretrained"]) if "pretrained" in given else None
@@ -207,7 +210,8 @@ def run(args: argparse.Namespace) -> None:
         job = Job(args, config, dataset, device, processes, resume, pretrained)
         if "dry_run" in args:
             if processes.is_main:
-                print(plan(build_float(config, dataset)[0], config.bit_policy()))
+                planned = plan(build_float(config, dataset)[0], config.bit_policy())
+                print(planned.explain() if "explain" in args else planned)
         elif "evaluate" in args:
             evaluate_only(job)
         else:
