@@ -87,37 +87,38 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         leaves: per module that could not be traced why; "" for `root` itself.
     """
     modules = dict(root.named_modules())
-    calls: dict[str, list[fx.Node]] = {}
+    calls: dict[tuple[str, str], list[fx.Node]] = {}  # a functional call may bear the name of a module
     inside: dict[str, list[str]] = {}  # by leaf, the layers that it hides
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
         if is_layer(module) or isinstance(module, OTHER_LAYERS):
-            calls.setdefault(node.target, []).append(node)
+            calls.setdefault((node.op, node.target), []).append(node)
         elif module is not None and (hidden := _hidden_layers(node.target, modules, leaves)):
-            calls.setdefault(node.target, []).append(node)
+            calls.setdefault((node.op, node.target), []).append(node)
             inside[node.target] = hidden
         elif node.op == "call_function" and _multiplies_weights(node):
-            calls[node.name] = [node]
+            calls[node.op, node.name] = [node]
 
     around = _Surroundings(graph, {node for nodes in calls.values() for node in nodes})
     non_negative = non_negative_nodes(graph, modules)
     facts = []
-    for name, nodes in calls.items():
-        if name in inside:
+    for (op, name), nodes in calls.items():
+        if op == "call_module" and name in inside:
             facts += _hidden_facts(inside[name], name, modules, leaves, *around.position(nodes))
         else:
             facts.append(_facts(name, nodes, modules, non_negative, *around.position(nodes)))
     if "" in leaves:
+        inside[""] = _hidden_layers("", modules, leaves)
         guess = "there is no graph; in order of registration"
-        facts += _hidden_facts(_hidden_layers("", modules, leaves), "", modules, leaves, True, True, guess)
-    known = {layer.name for layer in facts}
+        facts += _hidden_facts(inside[""], "", modules, leaves, True, True, guess)
+    known = {name for op, name in calls if op == "call_module"}.union(*inside.values())
     return facts + [
         LayerFacts(
             name, type(module).__name__, True, False, False, False, _uncalled(name, graph), _kind(module),
             sign_reason="nothing calls it",
         )
         for name, module in modules.items()
-        if is_layer(module) and name not in known
+        if is_layer(module) and name not in known and not _is_in_function(name, graph, modules)
     ]  # fmt: skip
 
 
@@ -260,6 +261,17 @@ def _obstacle(module: nn.Module | None, node: fx.Node | None) -> str | None:
     if not module.weight.is_floating_point():
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not a floating-point type"
     return None
+
+
+def _is_in_function(name: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Whether the weight of a module that is never called goes into a functional layer, which is listed instead."""
+    reached = [node for node in graph.nodes if node.op == "get_attr" and node.target.startswith(f"{name}.")]
+    for node in reached:
+        users = [user for user in node.users if user not in reached]
+        if any(user.op == "call_module" and isinstance(modules[user.target], FunctionalLayer) for user in users):
+            return True
+        reached += users
+    return False
 
 
 def _uncalled(name: str, graph: fx.Graph) -> str:

@@ -267,4 +267,5 @@ def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx
             root.add_module(f"by_mode_{i}", by_mode.train(graph_module.training))
         with graph_module.graph.inserting_before(node):
             update(key, graph_module.graph.call_module(f"by_mode_{i}"))
-    graph_module.recompile()
+    if differing:
+        graph_module.recompile()
