@@ -8,6 +8,8 @@ from torch import fx, nn
 
 from .attention import obstacle
 from .layers import FunctionalLayer, float_type_of, kind_of
+from .reproducible import Average
+from .tracing import ByMode, has_hooks
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
@@ -144,7 +146,9 @@ def _hidden_layers(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str
     covered = tuple(f"{name}." for name in hidden)
     for name, module in modules[leaf].named_modules(prefix=leaf) if leaf in leaves else ():
         if name not in hidden and not name.startswith(covered) and not type(module).__module__.startswith("torch.nn"):
-            matrices = (key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 1)
+            matrices = (
+                key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 1
+            )
             hidden += [f"{name}.{key}" if name else key for key in matrices]
     return hidden
 
@@ -263,14 +267,27 @@ def _obstacle(module: nn.Module | None, node: fx.Node | None) -> str | None:
     return None
 
 
+def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
+    """The nodes, in order, that do not depend on the network's inputs."""
+    found = set()
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        pure = node.op in ("call_function", "call_method") or isinstance(module, Average)
+        computed = pure and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or isinstance(module, ByMode) or computed:
+            found.add(node)
+            yield node
+
+
 def _is_in_function(name: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
     """Whether the weight of a module that is never called goes into a functional layer, which is listed instead."""
-    reached = [node for node in graph.nodes if node.op == "get_attr" and node.target.startswith(f"{name}.")]
+    constants = set(constant_nodes(graph, modules))
+    reached = [node for node in constants if node.op == "get_attr" and node.target.startswith(f"{name}.")]
     for node in reached:
-        users = [user for user in node.users if user not in reached]
-        if any(user.op == "call_module" and isinstance(modules[user.target], FunctionalLayer) for user in users):
-            return True
-        reached += users
+        for user in node.users:
+            if user.op == "call_module" and isinstance(modules[user.target], FunctionalLayer):
+                return node in user.args[1:]
+        reached += [user for user in node.users if user in constants and user not in reached]
     return False
 
 
@@ -393,11 +410,6 @@ def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float
             return (0.0, float(module.max_val)) if module.min_val == 0 else None
         return (0.0, math.inf) if type(module) is nn.ReLU else None
     return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(torch_name(node))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -179,7 +179,9 @@ class QuantLayer(nn.Module):
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         if not input.is_floating_point():
-            raise ApotfxError(f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it")
+            raise ApotfxError(
+                f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it"
+            )
         prepared = geometry.prepare(input)
         if self.training:
             self._fit_first_batch(prepared, weight)
@@ -291,9 +293,7 @@ class _QuantTransposed(QuantLayer):
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
         return self._compute(input, self.weight, self.bias, geometry)
 
-    def codes_and_accumulators(
-        self, input: Tensor, output_size: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
         return self._compute_integers(input, self.weight, geometry)
 
@@ -335,7 +335,10 @@ def float_type_of(layer: nn.Module) -> type[nn.Module] | None:
     """The key of QUANT_LAYERS that computes what `layer` computes: its type, or one it derives from unchanged."""
     for float_type in QUANT_LAYERS:
         if isinstance(layer, float_type):
-            same = (getattr(type(layer), key, None) is getattr(float_type, key, None) for key in ("forward", "_conv_forward"))
+            same = (
+                getattr(type(layer), key, None) is getattr(float_type, key, None)
+                for key in ("forward", "_conv_forward")
+            )
             return float_type if all(same) else None
     return None
 

@@ -2,14 +2,14 @@
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from . import reproducible
-from .analysis import FUNCTIONAL_LAYERS, analyze, has_hooks, is_read_once, rectified_range, torch_name
+from .analysis import FUNCTIONAL_LAYERS, analyze, constant_nodes, is_read_once, rectified_range, torch_name
 from .attention import split_attention
 from .engine import use_engine
 from .errors import ApotfxError
@@ -17,7 +17,7 @@ from .layers import QUANT_LAYERS, FunctionalLayer, Geometry, QuantLayer, float_t
 from .operators import accumulator_bits, accumulator_bound
 from .policy import BitPolicy, Plan, PlannedLayer, resolve
 from .quantizers import InputQuantizer, WeightQuantizer
-from .tracing import ByMode, attribute, graph_of, require_traceable, trace
+from .tracing import attribute, graph_of, has_hooks, require_traceable, trace
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -144,18 +144,6 @@ def layers_as_modules(model: nn.Module) -> dict[str, FunctionalLayer]:
     if layers:
         model.recompile()
     return layers
-
-
-def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
-    """The nodes, in order, that do not depend on the network's inputs."""
-    found = set()
-    for node in graph.nodes:
-        module = modules[node.target] if node.op == "call_module" else None
-        pure = node.op in ("call_function", "call_method") or isinstance(module, reproducible.Average)
-        computed = pure and node.all_input_nodes and found.issuperset(node.all_input_nodes)
-        if node.op == "get_attr" or isinstance(module, ByMode) or computed:
-            found.add(node)
-            yield node
 
 
 def constant_values(model: nn.Module) -> dict[fx.Node, object]:
@@ -347,7 +335,9 @@ def quantize(
     prepared, resolved = _planned(model, policy, concrete_args, example_inputs)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ApotfxError(f"model: {name} is on the meta device, which holds no values; only plan() takes such a model")
+            raise ApotfxError(
+                f"model: {name} is on the meta device, which holds no values; only plan() takes such a model"
+            )
     qmodel = prepared.model
     layers = _quantized_layers(prepared, resolved)
     prepared.keep_attention(layers.keys())

@@ -1,5 +1,6 @@
 """From a module to a graph: torch.fx, which goes around what it cannot enter."""
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ def trace(
     and the model is returned.
 
     Args:
-        concrete_args: arguments of forward that are fixed, by name, as in `torch.fx.symbolic_trace`.
+        concrete_args: arguments of forward that are fixed, by name; the result does not take them any more.
         example_inputs: inputs of forward, of which only shapes and types are used: a tensor, a sequence of positional
             arguments or a dict of keyword arguments. Control flow on shapes then takes the path that it takes for these.
 
@@ -54,25 +55,36 @@ def trace(
         model itself).
 
     Raises:
-        ApotfxError: not a module, or one that is wrapped; says what to pass instead.
+        ApotfxError: not a module, or one that is wrapped; says what to pass instead. Or arguments that forward lacks.
     """
     require_traceable(model)
     if isinstance(model, fx.GraphModule):
         model.meta.setdefault("leaves", {})
         return model
+    _require_arguments(model, concrete_args or {})
     tracer = _Tracer(model, example_inputs)
     try:
         graph = tracer.trace(model, concrete_args)
+    except ApotfxError:
+        raise
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         vars(model)["meta"] = {"leaves": {"": explain(error)}}
         return model
     graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
     graph_module.meta["leaves"] = tracer.leaves
+    vars(graph_module).update({key: value.copy() for key, value in vars(model).items() if "_hooks" in key})
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in graph_module.named_modules():
         module.training = modes.get(name, module.training)  # torch.fx makes containers anew
     _follow_mode(graph_module, model, _nodes_in_other_mode(model, concrete_args, example_inputs))
     return graph_module
+
+
+def _require_arguments(model: nn.Module, concrete_args: Mapping[str, object]) -> None:
+    known = inspect.signature(model.forward).parameters
+    for name in concrete_args:
+        if name not in known:
+            raise ApotfxError(f"concrete_args: {name!r} is no argument of forward, which takes {', '.join(known)}")
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
@@ -115,9 +127,26 @@ class _Tracer(fx.Tracer):
         self._attributes: dict[str, fx.Proxy] = {}
         self._shapes = None if example_inputs is None else _Shapes(model, example_inputs)
 
+    def trace(self, root: nn.Module, concrete_args: dict[str, object] | None = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        for node in reversed(list(graph.nodes) if concrete_args else []):
+            # torch.fx keeps arguments that are fixed, under other names, and asserts their values.
+            if "_assert" in getattr(node.target, "__name__", "") and "has been specialized" in str(node.args[-1]):
+                unneeded = [node]
+                while unneeded:
+                    node = unneeded.pop()
+                    unneeded += [x for x in node.all_input_nodes if len(x.users) == 1]
+                    graph.erase_node(node)
+        return graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         layer = float_type_of(m) is not None or isinstance(m, MultiheadAttention)
-        return layer or super().is_leaf_module(m, module_qualified_name)
+        if layer or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if has_hooks(m):
+            self.leaves[module_qualified_name] = "it has hooks, which run when it is called"
+            return True
+        return False
 
     def call_module(self, m, forward, args, kwargs):
         if self._is_evaluating:
@@ -125,6 +154,8 @@ class _Tracer(fx.Tracer):
         last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
         try:
             return super().call_module(m, forward, args, kwargs)
+        except ApotfxError:
+            raise
         except Exception as error:  # the module's own code may raise anything
             name = self.path_of_module(m)
             self.leaves[name] = explain(error)
@@ -185,9 +216,11 @@ class _Shapes:
             return self._input(node)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if node.op == "get_attr":
-            return attribute(self.model, node.target)
+            return self._empty(attribute(self.model, node.target))
         if node.op == "call_module":
-            return self.model.get_submodule(node.target)(*args, **kwargs)
+            module = self.model.get_submodule(node.target)
+            state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
+            return torch.func.functional_call(module, state, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
@@ -203,8 +236,15 @@ class _Shapes:
             value = node.args[0]
         else:
             raise ApotfxError(f"example_inputs: the model's input {node.target} is missing; pass an example for it")
-        convert = self.mode.from_tensor
-        return torch.utils._pytree.tree_map(lambda x: convert(x) if isinstance(x, Tensor) else x, value)
+        return torch.utils._pytree.tree_map(self._empty, value)
+
+    def _empty(self, value: object) -> object:
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]:

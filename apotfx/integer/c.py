@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, fx, nn
 
-from apotfx.analysis import has_hooks, torch_name
+from apotfx.analysis import torch_name
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes
@@ -22,6 +22,7 @@ from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations, refuse, shapes
 from apotfx.levels import LevelSet
 from apotfx.operators import Convolution, accumulator_bits
+from apotfx.tracing import has_hooks
 
 RUNTIME = Path(__file__).with_name("c_runtime")
 NARROW, WIDE = 32, 64  # bits of accumulators

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from apotfx.analysis import has_hooks
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
 from apotfx.integer.format import (
@@ -24,6 +23,7 @@ from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
 from apotfx.rewrite import Prepared, absorb_rectifiers, make_reproducible, swap_layers, without_arguments
+from apotfx.tracing import has_hooks
 
 BACKENDS = ("reference", "onednn")
 

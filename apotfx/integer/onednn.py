@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from apotfx import kernels
-from apotfx.analysis import has_hooks
 from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
-from apotfx.operators import Convolution, exact_dtype
+from apotfx.operators import Convolution, TransposedConvolution, exact_dtype
+from apotfx.tracing import has_hooks
 
 NEED_CONTIGUOUS = ("view", "as_strided")  # methods that depend on how a tensor lies in memory
 SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them
@@ -47,12 +47,13 @@ def _takes_bytes(module: nn.Module | None) -> bool:
     if not isinstance(module, IntegerLayer) or not module.is_integer or module.geometry.pad or has_hooks(module):
         return False
     operator, signed = module.geometry.operator, module.input_levels.signed
+    if isinstance(operator, TransposedConvolution) or module.geometry.dims not in (0, 2):
+        return False
     # With a zero point the sums are of bytes, not of levels.
     bound = 255 * module.weight.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
     return (
         kernels.fits_byte(module.input_levels)
         and kernels.fits_byte(module.weight_levels)
-        and (not isinstance(operator, Convolution) or len(operator.stride) == 2)
         and bound < operator.byte_limit(signed)
     )
 

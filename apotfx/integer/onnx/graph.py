@@ -10,12 +10,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from apotfx.analysis import has_hooks
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations, refuse, shapes
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
+from apotfx.tracing import has_hooks
 
 BATCH = "N"
 OPSET, OPSET_WRAP, OPSET_INT4 = 18, 19, 21
