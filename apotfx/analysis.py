@@ -15,7 +15,7 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized 
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
 # What multiplies with weights besides them, and has no quantized version.
 OTHER_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
-PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear"}
+PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear"}
 
 # Modules, functions and methods of torch and torchvision by what they do to the sign of their input.
 NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
@@ -35,6 +35,7 @@ PRESERVING_FUNCTIONS = {
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth", "channel_shuffle", "pixel_shuffle",
     "flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "expand", "repeat",
+    "t", "swapaxes", "swapdims", "movedim", "moveaxis", "exchange_last_two",
     "contiguous", "clone", "detach", "to", "float", "roll", "flip", "getitem", "chunk", "split", "unbind",
     "mean", "sum", "amax", "sqrt",
 }  # fmt: skip
@@ -91,6 +92,7 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
     modules = dict(root.named_modules())
     calls: dict[tuple[str, str], list[fx.Node]] = {}  # a functional call may bear the name of a module
     inside: dict[str, list[str]] = {}  # by leaf, the layers that it hides
+    constants = set(constant_nodes(graph, modules))
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
         if is_layer(module) or isinstance(module, OTHER_LAYERS):
@@ -98,7 +100,7 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         elif module is not None and (hidden := _hidden_layers(node.target, modules, leaves)):
             calls.setdefault((node.op, node.target), []).append(node)
             inside[node.target] = hidden
-        elif node.op == "call_function" and _multiplies_weights(node):
+        elif node not in constants and _multiplies_weights(node, constants):
             calls[node.op, node.name] = [node]
 
     around = _Surroundings(graph, {node for nodes in calls.values() for node in nodes})
@@ -114,13 +116,17 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         guess = "there is no graph; in order of registration"
         facts += _hidden_facts(inside[""], "", modules, leaves, True, True, guess)
     known = {name for op, name in calls if op == "call_module"}.union(*inside.values())
+    attention = tuple(f"{name}." for name in known if isinstance(modules.get(name), nn.MultiheadAttention))
     return facts + [
         LayerFacts(
             name, type(module).__name__, True, False, False, False, _uncalled(name, graph), _kind(module),
             sign_reason="nothing calls it",
         )
         for name, module in modules.items()
-        if is_layer(module) and name not in known and not _is_in_function(name, graph, modules)
+        if is_layer(module)
+        and name not in known
+        and not name.startswith(attention)  # which reads the weights itself, and is listed
+        and not _is_in_function(name, constants, modules)
     ]  # fmt: skip
 
 
@@ -129,10 +135,10 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, FunctionalLayer))
 
 
-def _multiplies_weights(node: fx.Node) -> bool:
+def _multiplies_weights(node: fx.Node, constants: set[fx.Node]) -> bool:
     """Whether a function that stayed one is a layer, or a product with something that is no result of the network."""
     name = torch_name(node)
-    return name in FUNCTIONAL_LAYERS or name in PRODUCTS and any(x.op == "get_attr" for x in node.all_input_nodes)
+    return name in FUNCTIONAL_LAYERS or name in PRODUCTS and any(x in constants for x in node.all_input_nodes)
 
 
 def _hidden_layers(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str, str]) -> list[str]:
@@ -246,8 +252,8 @@ def _shape_facts(module: nn.Module | None) -> dict:
 def _obstacle(module: nn.Module | None, node: fx.Node | None) -> str | None:
     if module is None:
         if torch_name(node) in FUNCTIONAL_LAYERS:
-            return "its weight or its settings are computed from the network's input"
-        return "a product with a parameter that is no matrix of a linear layer"
+            return "its weight, bias or settings are computed from the network's input, or have another shape than a layer's"
+        return "a product with parameters that is no linear layer"
     if isinstance(module, nn.MultiheadAttention):
         return obstacle(module)
     if isinstance(module, OTHER_LAYERS):
@@ -279,9 +285,8 @@ def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterato
             yield node
 
 
-def _is_in_function(name: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+def _is_in_function(name: str, constants: set[fx.Node], modules: dict[str, nn.Module]) -> bool:
     """Whether the weight of a module that is never called goes into a functional layer, which is listed instead."""
-    constants = set(constant_nodes(graph, modules))
     reached = [node for node in constants if node.op == "get_attr" and node.target.startswith(f"{name}.")]
     for node in reached:
         for user in node.users:
@@ -395,7 +400,8 @@ def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[f
 def _preserves_sign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return isinstance(modules[node.target], PRESERVING_MODULES)
-    return torch_name(node) in PRESERVING_FUNCTIONS
+    transposes = node.target is getattr and node.args[1] in ("T", "mT")
+    return transposes or torch_name(node) in PRESERVING_FUNCTIONS
 
 
 def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
@@ -438,5 +444,5 @@ def torch_name(node: fx.Node) -> str | None:
     if node.op != "call_function":
         return None
     origin = getattr(node.target, "__module__", None) or "torch"
-    is_torch = origin.split(".")[0] in ("torch", "torchvision", "_operator")
+    is_torch = origin.split(".")[0] in ("torch", "torchvision", "_operator", "apotfx")
     return node.target.__name__.removeprefix("boolean_dispatch_") if is_torch else None

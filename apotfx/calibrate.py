@@ -1,63 +1,80 @@
-"""Initial clips of a whole network, from its weights and from batches."""
+"""Clips and batch-norm statistics of a whole quantized network, from its weights and from batches."""
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .clips import fit_clip, sample
+from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
-from .layers import QuantLayer
+from .layers import QuantFunctional, QuantLayer
+from .quantizers import Quantizer, WeightQuantizer
 
-METHODS = ("mse", "paper")
+METHODS = ("mse", "minmax", "percentile", "paper")
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @contextmanager
-def observed_inputs(layers: dict[str, QuantLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """While active, keeps a `sample` of the input at each call of each of `layers`, by name, in order of execution."""
-    samples: dict[str, list[Tensor]] = {}
+def observed_inputs(
+    layers: dict[str, QuantLayer], keep: Callable[[Tensor], Tensor] = sample
+) -> Iterator[dict[str, list[Tensor]]]:
+    """While active, keeps something of the input at each call of each of `layers`, by name, in order of execution.
 
-    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        samples.setdefault(name, []).append(module.rectify(sample(args[0] if args else kwargs["input"])))
+    Args:
+        keep: of an input of any shape, what is kept: some of its elements.
+    """
+    kept: dict[str, list[Tensor]] = {}
 
-    hooks = [
-        layer.register_forward_pre_hook(functools.partial(keep, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        yield samples
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def observe(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
+        kept.setdefault(name, []).append(layer.rectify(keep(_argument(args, kwargs, 0, "input"))))
+
+    with _pre_hooks(layers, observe):
+        yield kept
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "mse") -> nn.Module:
+def calibrate(
+    qmodel: nn.Module,
+    batches: Iterable[Tensor | tuple | list | Mapping],
+    *,
+    method: str = "mse",
+    percentile: float = 99.9,
+) -> nn.Module:
     """Set every clip of `qmodel` from its weights and from `batches`, in place; nothing else changes.
 
     The inputs of all layers are observed with their quantizers switched off, in the mode (train or eval) that the
-    model is in. A network that is fresh should be in training mode, so that its batch norms use the batches.
+    model is in. A network that is fresh should be in training mode, so that its batch norms use the batches; one that is
+    trained should be in evaluation mode.
+
+    Layers inside a module that tracing kept whole may be passed by, such as those used in training only. They are named
+    in a warning, and get their clips from the first training batch that reaches them.
 
     Args:
         qmodel: what `quantize` returned.
-        batches: inputs of the model. A tuple or list is passed as its positional arguments.
-        method: "mse": least mean squared error. "paper": 3 standard deviations for weights, 8 for inputs;
-            then `batches` is not read.
+        batches: inputs of the model. A tuple or list is passed as its positional arguments, a mapping as its keyword
+            arguments.
+        method: "mse": least mean squared error, on a `sample` of every input. "minmax": the largest magnitude, over all
+            values of all batches, so that nothing is cut off. "percentile": `percentile` of the magnitudes of a sample
+            of every input, zeros included; weights, which have no outliers to speak of, get the least mean squared
+            error. "paper": 3 standard deviations for weights, 8 for inputs; then `batches` is not read.
+        percentile: more than 0, at most 100; for that method only.
 
     Returns:
         qmodel.
 
     Raises:
-        ApotfxError: nothing in `qmodel` is quantized, no batch was given, a batch with more parts than the model has
-            inputs, an unknown method, or a layer saw values that are not finite.
+        ApotfxError: nothing in `qmodel` is quantized; no batch was given, or one that is no input of the model; a layer
+            refuses a batch for its shape, dtype or device, or sees values that are not finite (names the layer); an
+            unknown method or a percentile out of range.
     """
     if method not in METHODS:
         raise ApotfxError(f"calibration method {method!r}: unknown; choose one of {', '.join(METHODS)}")
-    if isinstance(batches, Tensor):
-        raise ApotfxError("calibrate: batches is one tensor, expected an iterable of inputs; pass [x]")
+    if not 0 < percentile <= 100:
+        raise ApotfxError(f"calibrate: percentile {percentile!r} is out of range; use more than 0, at most 100")
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers:
         raise ApotfxError("calibrate: the model has no quantized layer; pass what apotfx.quantize returned")
@@ -66,55 +83,258 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Tensor], *, method: str = "ms
             quantizer.set_clip(quantizer.clip)
         return qmodel
 
-    for layer in layers.values():
-        if layer.weight_quantizer is not None:
-            quantizer = layer.weight_quantizer
-            quantizer.set_clip(fit_clip(quantizer.in_clip_units(layer.weight), quantizer.levels, quantizer.clip.shape))
-    quantized_inputs = {name: layer for name, layer in layers.items() if layer.input_quantizer is not None}
-    samples = _observe_float(qmodel, quantized_inputs, batches)
-    for name, layer in quantized_inputs.items():
-        quantizer = layer.input_quantizer
-        if name not in samples:
-            raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
-        x = torch.cat(samples[name])
-        if not x.numel():
-            raise ApotfxError(f"layer {name}: its input during calibration is empty; pass at least one image")
-        if not x.isfinite().all():
-            raise ApotfxError(
-                f"layer {name}: its input during calibration is not finite; check the batches and weights"
-            )
-        quantizer.set_clip(fit_clip(x, quantizer.levels, quantizer.clip.shape))
+    fit_weights = _WeightFit(minmax_clip if method == "minmax" else fit_clip)
+    for name, layer in layers.items():
+        if not isinstance(layer, QuantFunctional):
+            fit_weights(name, layer, layer.weight)
+    kept = _observe_float(qmodel, layers, batches, fit_weights, extremes if method == "minmax" else sample)
+    for name, layer in layers.items():
+        if name in kept and (quantizer := layer.input_quantizer) is not None:
+            x = torch.cat(kept[name])
+            if not x.numel():
+                raise ApotfxError(f"layer {name}: its input during calibration is empty; pass at least one image")
+            if method == "percentile":
+                quantizer.set_clip(percentile_clip(x, quantizer.levels, percentile))
+            else:
+                fit = minmax_clip if method == "minmax" else fit_clip
+                quantizer.set_clip(fit(x, quantizer.levels, quantizer.clip.shape))
     return qmodel
 
 
-def _observe_float(qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable) -> dict[str, list[Tensor]]:
-    """Samples of the inputs of `layers` with no input quantized; batch-norm statistics are put back."""
-    quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
-    buffers = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
+@torch.no_grad()
+def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple | list | Mapping]) -> nn.Module:
+    """Replace the running statistics of every batch norm by those that the network, as it is now, gives on `batches`.
+
+    Quantized weights and inputs shift the mean and variance of what a batch norm sees; its running statistics are those
+    of the float network. Everything but the batch norms runs as in evaluation; in place, and nothing else changes.
+    Known as re-tuning (Sun et al., "Hybrid 8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks",
+    NeurIPS 2019) and as precise batch norm (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576).
+
+    Args:
+        qmodel: a network that is calibrated; or any other.
+        batches: inputs of the model, as in `calibrate`, of more than one image each. Statistics are averaged over the
+            batches, which count alike; `num_batches_tracked` is their number afterwards.
+
+    Returns:
+        qmodel.
+
+    Raises:
+        ApotfxError: no batch norm with running statistics, no batch, one that the model refuses (as in `calibrate`),
+            or statistics that are not finite; then the statistics are as they were.
+    """
+    norms = {name: m for name, m in qmodel.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+    if not norms:
+        raise ApotfxError("reestimate_batch_norms: the model has no batch norm with running statistics; leave it out")
+    modes = {module: module.training for module in qmodel.modules()}
+    momenta = {norm: norm.momentum for norm in norms.values()}
+    before = {norm: {key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms.values()}
+    qmodel.eval()
+    try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # for the average over all batches
+            norm.training = True
+        _run(qmodel, batches)
+        unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
+        if len(unreached) == len(norms):
+            raise ApotfxError(f"batch norm {unreached[0]}: no batch reached it; pass at least one that does")
+        for name, norm in norms.items():
+            if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+                raise ApotfxError(f"batch norm {name}: its input is not finite; check the batches and weights")
+    except BaseException:
+        unreached = list(norms)
+        raise
+    finally:
+        for name in unreached:
+            norms[name].load_state_dict(before[norms[name]], strict=False)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if unreached:
+        warnings.warn(
+            f"batch norms {', '.join(unreached)}: no batch reached them; they keep their statistics", stacklevel=3
+        )
+    return qmodel
+
+
+class _WeightFit:
+    """Sets the clip of a layer's weight; that of several layers once."""
+
+    def __init__(self, fit: Callable):
+        self.fit = fit
+        self.done: set[WeightQuantizer] = set()
+
+    def __call__(self, name: str, layer: QuantLayer, weight: Tensor) -> None:
+        quantizer = layer.weight_quantizer
+        if quantizer is None or quantizer in self.done:
+            return
+        if not weight.isfinite().all():
+            raise ApotfxError(f"layer {name}: its weight is not finite; check what the model was loaded from")
+        weight = layer.geometry.operator.from_parameter(weight)
+        quantizer.set_clip(self.fit(quantizer.in_clip_units(weight), quantizer.levels, quantizer.clip.shape))
+        self.done.add(quantizer)
+
+
+def _observe_float(
+    qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, fit_weights: _WeightFit, keep: Callable
+) -> dict[str, list[Tensor]]:
+    """What is kept of the inputs of `layers` with no input quantized; buffers such as batch-norm statistics are put back.
+
+    Layers whose weight is an argument get their clip at the first call.
+    """
+    quantizers = {layer: layer.input_quantizer for layer in layers.values()}
+    buffers = [
+        (module, key, buffer.clone())
+        for module in qmodel.modules() if not isinstance(module, Quantizer)
+        for key, buffer in module.named_buffers(recurse=False)
+    ]  # fmt: skip
+
+    def check(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
+        x = _argument(args, kwargs, 0, "input")
+        if not x.is_floating_point():
+            raise ApotfxError(f"layer {name}: its input is {x.dtype}, expected a floating-point type; convert it")
+        if quantizers[layer] is not None and not layer.rectify(x).isfinite().all():
+            raise ApotfxError(
+                f"layer {name}: its input during calibration is not finite; check the batches and weights"
+            )
+        if isinstance(layer, QuantFunctional):
+            fit_weights(name, layer, _argument(args, kwargs, 1, "weight"))
+
     try:
         for layer in layers.values():
             layer.input_quantizer = None
-        with observed_inputs(layers) as samples:
-            for batch in batches:
-                inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
-                _require_inputs(qmodel, inputs)
-                qmodel(*inputs)
+        with _pre_hooks(layers, check), observed_inputs(layers, keep) as kept:
+            num_batches = _run(qmodel, batches)
     finally:
-        for name, quantizer in quantizers.items():
-            layers[name].input_quantizer = quantizer
-        for name, buffer in qmodel.named_buffers():
-            buffer.copy_(buffers[name])
-    return samples
+        for layer, quantizer in quantizers.items():
+            layer.input_quantizer = quantizer
+        for module, key, value in buffers:
+            getattr(module, key).copy_(value)
+    _require_reached(qmodel, layers, kept, num_batches)
+    return kept
 
 
-def _require_inputs(qmodel: nn.Module, inputs: tuple | list) -> None:
-    count = len(inputs)
-    if not all(isinstance(x, Tensor) for x in inputs):
-        found = ", ".join(type(x).__name__ for x in inputs)
-        raise ApotfxError(f"calibrate: a batch holds {found}; expected tensors, one per input of the model")
-    accepted = len(inspect.signature(qmodel.forward).parameters)
-    if count > accepted:
-        raise ApotfxError(
-            f"calibrate: a batch has {count} parts, the model takes {accepted}; pass inputs only, such as "
-            "(images for images, labels in loader)"
+def _require_reached(qmodel: nn.Module, layers: dict[str, QuantLayer], kept: dict, num_batches: int) -> None:
+    """Warns of layers that need batches and saw none, where that may be meant; else raises ApotfxError."""
+    unreached = [
+        name for name, layer in layers.items()
+        if name not in kept and (layer.input_quantizer is not None or isinstance(layer, QuantFunctional))
+    ]  # fmt: skip
+    called = {
+        f"{path}.{node.target}" if path else node.target
+        for path, module in qmodel.named_modules() if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    }  # fmt: skip
+    for name in unreached:
+        if name in called or not num_batches:
+            raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
+    if unreached:
+        warnings.warn(
+            f"layers {', '.join(unreached)}: no batch of the calibration reached them; they get their clips from the "
+            "first training batch that does",
+            stacklevel=5,  # past `no_grad`, which wraps `calibrate`
         )
+
+
+def _run(model: nn.Module, batches: Iterable) -> int:
+    """Call `model` on each batch; the number of batches."""
+    if isinstance(batches, (Tensor, Mapping)):
+        kind = "tensor" if isinstance(batches, Tensor) else "mapping"
+        raise ApotfxError(f"batches is one {kind}, expected an iterable of inputs; pass [x]")
+    count = 0
+    with _refusals_named(model):
+        for count, batch in enumerate(batches, 1):
+            args, kwargs = _arguments(model, batch)
+            model(*args, **kwargs)
+    return count
+
+
+def _arguments(model: nn.Module, batch: object) -> tuple[tuple, dict]:
+    """The arguments that `batch` stands for."""
+    named = isinstance(batch, Mapping)
+    args = () if named else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if not named and not all(isinstance(x, Tensor) for x in args):
+        found = ", ".join(type(x).__name__ for x in args)
+        raise ApotfxError(f"a batch holds {found}; expected tensors, one per input of the model")
+    kwargs = dict(batch) if named else {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ApotfxError(
+            f"a batch has {f'the parts {list(kwargs)}' if named else f'{len(args)} parts'}, the model takes {signature} "
+            f"({error}); pass inputs only, such as (images for images, labels in loader)"
+        ) from None
+    return args, kwargs
+
+
+@contextmanager
+def _refusals_named(model: nn.Module) -> Iterator[None]:
+    """While active, what a module inside `model` raises is an ApotfxError that names it and what it got."""
+    running: list[tuple[str, nn.Module, tuple, dict]] = []
+
+    def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        running.append((name, module, args, kwargs))
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        running.pop()
+
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        stack.enter_context(_pre_hooks(modules, enter))
+        for module in modules.values():
+            hook = module.register_forward_hook(leave)
+            stack.callback(hook.remove)
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not running or isinstance(error, (ApotfxError, torch.OutOfMemoryError)):
+                raise
+            raise ApotfxError(_refusal(*running[-1], error)) from error
+
+
+def _refusal(name: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> str:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if isinstance(module, QuantFunctional):
+        tensors = tensors[:1]
+    got = " and ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors) or "no tensor"
+    expected = _expected_input(module, args, kwargs)
+    what = f"layer {name}" if name else "the model"
+    expects = f", expected {expected}" if expected else ""
+    return f"{what}: refuses its input {got}{expects} ({' '.join(str(error).split())}); check the batches"
+
+
+def _expected_input(module: nn.Module, args: tuple, kwargs: dict) -> str:
+    """The shape that `module` takes as far as its type says; "" where it does not."""
+    if isinstance(module, QuantFunctional):
+        shape = _argument(args, kwargs, 1, "weight").shape
+        channels = shape[0] if getattr(module, "transposed", False) else shape[1] * getattr(module, "groups", 1)
+        dims = len(shape) - 2
+    elif hasattr(module, "in_features"):
+        channels, dims = module.in_features, 0
+    elif hasattr(module, "in_channels"):
+        channels, dims = module.in_channels, len(module.kernel_size)
+    elif isinstance(module, BatchNorm):
+        return f"[N, {module.num_features}, ...]"
+    else:
+        return ""
+    return f"[N, {channels}, {', '.join('DHW'[3 - dims :])}]" if dims else f"[..., {channels}]"
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Tensor:
+    return args[position] if len(args) > position else kwargs[name]
+
+
+@contextmanager
+def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable) -> Iterator[None]:
+    """While active, calls `hook(name, module, args, kwargs)` before each call of each of `modules`."""
+    handles = [
+        module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

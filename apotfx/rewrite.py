@@ -20,6 +20,7 @@ from .quantizers import InputQuantizer, WeightQuantizer
 from .tracing import attribute, graph_of, has_hooks, require_traceable, trace
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+PRODUCT_ARGUMENTS = {"matmul": ("input", "other"), "mm": ("input", "mat2"), "addmm": ("input", "mat1", "mat2")}
 TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -113,8 +114,15 @@ def _require_float(model: nn.Module) -> None:
     require_traceable(model)
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ApotfxError("model: is already quantized; start from the float model")
-    if float_type_of(model) is not None:
+    if float_type_of(model) is not None or isinstance(model, nn.MultiheadAttention):
         raise ApotfxError(f"model: is a single {type(model).__name__}; wrap it in torch.nn.Sequential")
+    for name, module in model.named_modules():
+        computed = [key for key, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
+        if computed:
+            raise ApotfxError(
+                f"model: the {computed[0]} of {name or type(model).__name__} is set by a hook, such as that of "
+                "torch.nn.utils.weight_norm or prune; use torch.nn.utils.parametrizations, or remove the hook"
+            )
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ApotfxError(f"model: {name} is lazy and has no shape yet; run the model on a batch first")
@@ -170,10 +178,11 @@ def constant_values(model: nn.Module) -> dict[fx.Node, object]:
 
 def _as_linear(node: fx.Node, constants: dict[fx.Node, Tensor]) -> fx.Node:
     """`F.linear` in the place of a product with a constant matrix; any other node is returned as it is."""
-    name, args = torch_name(node), node.args
-    if name not in ("matmul", "mm", "addmm") or node.kwargs or len(args) != 2 + (name == "addmm"):
+    names = PRODUCT_ARGUMENTS.get(torch_name(node), ())
+    operands = dict(zip(names, node.args)) | node.kwargs
+    if not names or operands.keys() != set(names):
         return node
-    *bias, x, weight = args
+    *bias, x, weight = (operands[name] for name in names)
     left = not bias and x in constants
     if left:
         x, weight = weight, x

@@ -48,7 +48,7 @@ def trace(
     Args:
         concrete_args: arguments of forward that are fixed, by name; the result does not take them any more.
         example_inputs: inputs of forward, of which only shapes and types are used: a tensor, a sequence of positional
-            arguments or a dict of keyword arguments. Control flow on shapes then takes the path that it takes for these.
+            arguments or a dict of keyword arguments. A branch that depends on shapes is then taken as it is for these.
 
     Returns:
         A GraphModule, or `model`. Its `meta["leaves"]` says by module name why a module was kept whole ("" for the

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import MIXED, trained
+from hypothesis import HealthCheck, Phase, settings
 
 from apotfx import export_integer
+
+UNHURRIED = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("default", max_examples=50, phases=(Phase.explicit, Phase.generate), **UNHURRIED)
+settings.register_profile("nightly", max_examples=500, **UNHURRIED)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

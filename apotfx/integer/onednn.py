@@ -30,8 +30,10 @@ CACHED_FLOATS = 2**22  # of one activation; beyond the caches, memory is what a 
 WORTH_BYTES = 2**21
 
 
-def what_onednn_lacks(network: fx.GraphModule) -> str | None:
+def what_onednn_lacks(network: nn.Module) -> str | None:
     """Why `network` cannot run on oneDNN's 8-bit operators here; None if it can."""
+    if not isinstance(network, fx.GraphModule):
+        return "the network could not be traced"
     if not any(_takes_bytes(module) for module in network.modules()):
         return "no layer of the network fits 8-bit arithmetic"
     if any(tensor.device.type != "cpu" for tensor in network.buffers()):

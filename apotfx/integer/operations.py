@@ -68,7 +68,7 @@ def operations(network: fx.GraphModule) -> list[Operation]:
     if not isinstance(network, fx.GraphModule) or not any(isinstance(m, IntegerLayer) for m in network.modules()):
         raise ApotfxError(
             f"network: expected what load_integer(path, float_model) returns with backend reference, got a "
-            f"{type(network).__name__} without its integer layers"
+            f"{type(network).__name__} without a graph of integer layers"
         )
     modules = dict(network.named_modules())
     return [_operation(node, modules) for node in network.graph.nodes]

@@ -1,4 +1,4 @@
-"""Networks by name: the ResNets of this package, and torchvision's classification networks."""
+"""Networks by name: the ResNets and small networks of this package, and torchvision's classification networks."""
 
 import difflib
 
@@ -8,14 +8,15 @@ from torch import nn
 
 from apotfx.errors import ApotfxError
 from apotfx.models.resnet import RESNETS, build_resnet
+from apotfx.models.small import SMALL, build_small
 
 PREFIX = "torchvision/"
 IMAGE_SIZES = (32, 64, 96, 128, 160, 224, 299)
 
 
 def list_models() -> list[str]:
-    """Every name that `build_model` takes: this package's ResNets, then `torchvision/NAME`."""
-    return [*RESNETS, *(PREFIX + name for name in _torchvision_names())]
+    """Every name that `build_model` takes: this package's ResNets and small networks, then `torchvision/NAME`."""
+    return [*RESNETS, *SMALL, *(PREFIX + name for name in _torchvision_names())]
 
 
 def require_known(arch: str) -> None:
@@ -44,6 +45,8 @@ def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: in
     """
     if arch in RESNETS:
         return build_resnet(arch, in_channels=in_channels, num_classes=num_classes), image_size
+    if arch in SMALL:
+        return build_small(arch, in_channels=in_channels, num_classes=num_classes, image_size=image_size)
     require_known(arch)
     return _fitted_torchvision_model(arch.removeprefix(PREFIX), in_channels, num_classes, image_size)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from apotfx.calibrate import METHODS as CLIP_INITS
 from apotfx.engine import ENGINES
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
@@ -10,7 +11,6 @@ from apotfx.policy import FLOAT_BITS, BitPolicy
 
 SCHEDULES = ("constant", "cosine", "onecycle", "step")
 AUGMENTATIONS = ("default", "flip", "none")
-CLIP_INITS = ("mse", "paper")
 
 PUBLISHED = {
     "batch_size": 128,
@@ -52,7 +52,7 @@ class TrainConfig:
         ema: decay of the exponential moving average of the weights that is evaluated and exported; 0 for none.
         augment: "default" for the data set's own, "flip" for mirrored images alone, "none".
         label_smoothing: of the cross-entropy, 0 to 1.
-        clip_init: "mse": the clips that minimize the mean squared error on the first batches; "paper": its constants.
+        clip_init: how clips are found, from the first batches: a method of `apotfx.calibrate`.
         clip_lr: factor on the learning rate of the clips.
         teacher: checkpoint of a float network to distil from; None for none.
         teacher_weight: share of the distillation term in the loss, 0 to 1.
