@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from .attention import obstacle
+from .attention import obstacle as attention_obstacle
 from .layers import FunctionalLayer, float_type_of, kind_of
 from .reproducible import Average
 from .tracing import ByMode, has_hooks
@@ -110,7 +110,7 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         if op == "call_module" and name in inside:
             facts += _hidden_facts(inside[name], name, modules, leaves, *around.position(nodes))
         else:
-            facts.append(_facts(name, nodes, modules, non_negative, *around.position(nodes)))
+            facts.append(_facts(name, nodes, modules, leaves, non_negative, *around.position(nodes)))
     if "" in leaves:
         inside[""] = _hidden_layers("", modules, leaves)
         guess = "there is no graph; in order of registration"
@@ -163,6 +163,7 @@ def _facts(
     name: str,
     nodes: list[fx.Node],
     modules: dict[str, nn.Module],
+    leaves: Mapping[str, str],
     non_negative: dict[fx.Node, bool],
     is_first: bool,
     is_last: bool,
@@ -171,6 +172,9 @@ def _facts(
     module = modules.get(name) if nodes[0].op == "call_module" else None
     inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
     signed = [x for x in inputs if not non_negative[x]]
+    obstacle = _obstacle(module, nodes[0])
+    if obstacle and name in leaves:
+        obstacle += f", and cannot be traced ({leaves[name]})"
     return LayerFacts(
         name=name,
         type=_type_name(module, nodes[0]),
@@ -178,7 +182,7 @@ def _facts(
         is_first=is_first,
         is_last=is_last,
         feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
-        obstacle=_obstacle(module, nodes[0]),
+        obstacle=obstacle,
         **_shape_facts(module),
         sign_reason=_sign_reason((signed or inputs)[0], modules, bool(signed)) if inputs else "",
         position_reason=position_reason,
@@ -226,7 +230,7 @@ def _hidden_obstacle(name: str, modules: dict[str, nn.Module], where: str) -> st
     if module is None:
         return f"a parameter {where}"
     if isinstance(parent, nn.MultiheadAttention):
-        return f"its weight is read by {type(parent).__name__} ({obstacle(parent)})"
+        return f"its weight is read by {type(parent).__name__} ({attention_obstacle(parent)})"
     reason = _obstacle(module, None)
     return f"{reason}, {where}" if reason and float_type_of(module) is None else reason
 
@@ -255,7 +259,7 @@ def _obstacle(module: nn.Module | None, node: fx.Node | None) -> str | None:
             return "its weight, bias or settings are computed from the network's input, or have another shape than a layer's"
         return "a product with parameters that is no linear layer"
     if isinstance(module, nn.MultiheadAttention):
-        return obstacle(module)
+        return attention_obstacle(module)
     if isinstance(module, OTHER_LAYERS):
         return f"{type(module).__name__} has no quantized version"
     if float_type_of(module) is None:

@@ -1,8 +1,9 @@
-"""Clips and batch-norm statistics of a whole quantized network, from its weights and from batches."""
+"""Clips, batch-norm statistics and biases of a whole quantized network, from its weights and from batches."""
 
 import functools
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -125,16 +126,15 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
     norms = {name: m for name, m in qmodel.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
     if not norms:
         raise ApotfxError("reestimate_batch_norms: the model has no batch norm with running statistics; leave it out")
-    modes = {module: module.training for module in qmodel.modules()}
     momenta = {norm: norm.momentum for norm in norms.values()}
     before = {norm: {key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms.values()}
-    qmodel.eval()
     try:
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # for the average over all batches
-            norm.training = True
-        _run(qmodel, batches)
+        with _evaluation(qmodel):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # for the average over all batches
+                norm.training = True
+            _run(qmodel, batches)
         unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
         if len(unreached) == len(norms):
             raise ApotfxError(f"batch norm {unreached[0]}: no batch reached it; pass at least one that does")
@@ -149,13 +149,106 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
             norms[name].load_state_dict(before[norms[name]], strict=False)
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
     if unreached:
         warnings.warn(
             f"batch norms {', '.join(unreached)}: no batch reached them; they keep their statistics", stacklevel=3
         )
     return qmodel
+
+
+@torch.no_grad()
+def correct_biases(qmodel: nn.Module, batches: Iterable[Tensor | tuple | list | Mapping]) -> nn.Module:
+    """Change the bias of every quantized layer so that its mean output on `batches` is what it was in float.
+
+    For a network that is trained and has no batch norm; with batch norms, `reestimate_batch_norms` is what helps. The
+    empirical bias correction of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
+    ICCV 2019 (arXiv 1906.04721), per output channel, layer after layer. In place, and nothing else changes; everything
+    runs as in evaluation. It takes a pass over the batches per layer.
+
+    Layers without a bias parameter of their own, functional layers, and layers that no batch reaches stay as they are.
+
+    Args:
+        qmodel: a network that is calibrated.
+        batches: inputs of the model, as in `calibrate`; all are kept in memory.
+
+    Returns:
+        qmodel.
+
+    Raises:
+        ApotfxError: no layer has a bias to correct, one has a standardized weight (whose function is not the float
+            one), no batch, one that the model refuses (as in `calibrate`), or outputs that are not finite; then the
+            biases are as they were.
+    """
+    quantized = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
+    layers = {name: layer for name, layer in quantized.items() if layer._parameters.get("bias") is not None}
+    if not layers:
+        raise ApotfxError("correct_biases: the model has no quantized layer with a bias; leave it out")
+    for name, layer in quantized.items():
+        if layer.weight_quantizer is not None and layer.weight_quantizer.normalization == "standardize":
+            raise ApotfxError(f"layer {name}: its weight is standardized, not what it was in float; leave it out")
+    batches = batches if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    before = {name: layer.bias.clone() for name, layer in layers.items()}
+    try:
+        with _evaluation(qmodel):
+            with _switched_off(quantized, "weight_quantizer"), _switched_off(quantized, "input_quantizer"):
+                expected = _mean_outputs(qmodel, layers, batches)
+            if not expected:
+                raise ApotfxError(f"layer {next(iter(layers))}: no batch reached it; pass at least one that does")
+            for name, mean in expected.items():
+                layers[name].bias += (mean - _mean_outputs(qmodel, {name: layers[name]}, batches)[name]).to(
+                    layers[name].bias.dtype
+                )
+    except BaseException:
+        for name, layer in layers.items():
+            layer.bias.copy_(before[name])
+        raise
+    return qmodel
+
+
+def _mean_outputs(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable) -> dict[str, Tensor]:
+    """The mean output of each of `layers` per channel, float64 [C_out], in order of execution."""
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def add(name: str, layer: QuantLayer, args: tuple, output: Tensor) -> None:
+        channel = -len(layer.geometry.operator.channel_shape)
+        rows = output.movedim(channel, 0).flatten(1).double()
+        sums[name] = sums.get(name, 0) + rows.sum(1)
+        counts[name] += rows.shape[1]
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(functools.partial(add, name)).remove)
+        _run(model, batches)
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ApotfxError(f"layer {name}: its output is not finite; check the batches and weights")
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """While active, `model` is in evaluation mode; then every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _switched_off(layers: dict[str, QuantLayer], quantizer: str) -> Iterator[None]:
+    """While active, `layers` have no `quantizer`, which is "weight_quantizer" or "input_quantizer"."""
+    quantizers = {layer: getattr(layer, quantizer) for layer in layers.values()}
+    try:
+        for layer in quantizers:
+            setattr(layer, quantizer, None)
+        yield
+    finally:
+        for layer, value in quantizers.items():
+            setattr(layer, quantizer, value)
 
 
 class _WeightFit:
@@ -183,7 +276,7 @@ def _observe_float(
 
     Layers whose weight is an argument get their clip at the first call.
     """
-    quantizers = {layer: layer.input_quantizer for layer in layers.values()}
+    needs_clip = {layer for layer in layers.values() if layer.input_quantizer is not None}
     buffers = [
         (module, key, buffer.clone())
         for module in qmodel.modules() if not isinstance(module, Quantizer)
@@ -194,7 +287,7 @@ def _observe_float(
         x = _argument(args, kwargs, 0, "input")
         if not x.is_floating_point():
             raise ApotfxError(f"layer {name}: its input is {x.dtype}, expected a floating-point type; convert it")
-        if quantizers[layer] is not None and not layer.rectify(x).isfinite().all():
+        if layer in needs_clip and not layer.rectify(x).isfinite().all():
             raise ApotfxError(
                 f"layer {name}: its input during calibration is not finite; check the batches and weights"
             )
@@ -202,13 +295,13 @@ def _observe_float(
             fit_weights(name, layer, _argument(args, kwargs, 1, "weight"))
 
     try:
-        for layer in layers.values():
-            layer.input_quantizer = None
-        with _pre_hooks(layers, check), observed_inputs(layers, keep) as kept:
+        with (
+            _switched_off(layers, "input_quantizer"),
+            _pre_hooks(layers, check),
+            observed_inputs(layers, keep) as kept,
+        ):
             num_batches = _run(qmodel, batches)
     finally:
-        for layer, quantizer in quantizers.items():
-            layer.input_quantizer = quantizer
         for module, key, value in buffers:
             getattr(module, key).copy_(value)
     _require_reached(qmodel, layers, kept, num_batches)

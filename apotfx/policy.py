@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import math
 import re
@@ -414,5 +415,6 @@ def _resolve_layer(rule: Rule | None, layer: LayerFacts) -> PlannedLayer:
         raise ApotfxError(f"layer {layer.name} ({rule}): {error}") from None
 
 
+@functools.cache  # a level set lists its levels once
 def _level_set(scheme: str, bits: int, *, signed: bool) -> LevelSet | None:
     return None if scheme == "float" or bits == FLOAT_BITS else LevelSet(scheme, bits, signed)

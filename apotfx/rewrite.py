@@ -117,7 +117,9 @@ def _require_float(model: nn.Module) -> None:
     if float_type_of(model) is not None or isinstance(model, nn.MultiheadAttention):
         raise ApotfxError(f"model: is a single {type(model).__name__}; wrap it in torch.nn.Sequential")
     for name, module in model.named_modules():
-        computed = [key for key, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
+        computed = [
+            key for key, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None
+        ]
         if computed:
             raise ApotfxError(
                 f"model: the {computed[0]} of {name or type(model).__name__} is set by a hook, such as that of "

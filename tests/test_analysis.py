@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from torch import fx, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from apotfx.analysis import LayerFacts, analyze
+from apotfx.rewrite import Prepared
+from apotfx.tracing import graph_of
 
 
 class Net(nn.Module):
@@ -300,32 +302,38 @@ def test_layers_come_in_order_of_execution():
     assert list(facts_of(Branches())) == ["stem", "left", "right", "shortcut", "head_a", "middle", "head_b"]
 
 
-# What cannot be quantized.
+# As `plan` has it: functional calls are layers, and what cannot be traced is a leaf.
 
 
-class MyLinear(nn.Linear):
-    pass
+def planned_facts(model) -> dict[str, LayerFacts]:
+    prepared = Prepared(model)
+    return {layer.name: layer for layer in analyze(prepared.copied, graph_of(prepared.model), prepared.leaves)}
 
 
 class Functional(nn.Module):
-    def __init__(self, function, *shape):
+    def __init__(self, function, *shape, **settings):
         super().__init__()
-        self.weight, self.function = nn.Parameter(torch.randn(shape)), function
+        self.weight, self.function, self.settings = nn.Parameter(torch.randn(shape)), function, settings
 
     def forward(self, x):
-        return self.function(x, self.weight)
+        return self.function(x, self.weight, **self.settings)
 
 
-@pytest.mark.parametrize("function, name", [
-    (TF.linear, "linear"), (TF.conv1d, "conv1d"), (TF.conv2d, "conv2d"), (torch.conv2d, "conv2d"),
-    (TF.conv3d, "conv3d"),
-    (TF.conv_transpose2d, "conv_transpose2d"),
-], ids=["linear", "conv1d", "conv2d", "torch.conv2d", "conv3d", "conv_transpose2d"])  # fmt: skip
-def test_functional_layers_are_reported(function, name):
-    facts = facts_of(nn.Sequential(nn.Linear(2, 2), Functional(function, 2, 2)))
-    assert facts[name].type == f"F.{name}" and facts[name].is_last
-    assert facts[name].obstacle == "a functional call; use the module instead"
-    assert facts["0"].obstacle is None and not facts["0"].is_last
+@pytest.mark.parametrize("function, name, kind, shape", [
+    (TF.linear, "linear", "Linear", (2, 4)), (torch.matmul, "linear", "Linear", (4, 2)),
+    (TF.conv1d, "conv1d", "Conv1d", (2, 4, 3)), (TF.conv2d, "conv2d", "Conv2d", (2, 4, 3, 1)),
+    (torch.conv2d, "conv2d", "Conv2d", (2, 4, 3, 1)), (TF.conv3d, "conv3d", "Conv3d", (2, 4, 3, 1, 2)),
+    (TF.conv_transpose1d, "conv_transpose1d", "ConvTranspose1d", (4, 2, 3)),
+    (TF.conv_transpose2d, "conv_transpose2d", "ConvTranspose2d", (4, 2, 3, 1)),
+    (TF.conv_transpose3d, "conv_transpose3d", "ConvTranspose3d", (4, 2, 3, 1, 2)),
+], ids=["linear", "matmul", "conv1d", "conv2d", "torch.conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+        "conv_transpose3d"])  # fmt: skip
+def test_functional_layers_are_layers(function, name, kind, shape):
+    facts = planned_facts(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), Functional(function, *shape)))
+    assert list(facts) == ["0", f"2.{name}"] and not facts["0"].is_last
+    layer = facts[f"2.{name}"]
+    assert (layer.type, layer.kind, layer.kernel_size) == (f"F.{name}", kind, shape[2:] if kind != "Linear" else ())
+    assert layer.is_last and not layer.signed_input and layer.obstacle is None and not layer.depthwise
 
 
 def test_a_functional_call_and_a_module_of_the_same_name_are_two_layers():
@@ -337,60 +345,223 @@ def test_a_functional_call_and_a_module_of_the_same_name_are_two_layers():
         def forward(self, x):
             return self.linear(super().forward(x))
 
-    model = Both()
-    facts = analyze(model, fx.symbolic_trace(model).graph)
-    assert [(f.name, f.type, f.obstacle is None) for f in facts] == [
-        ("linear", "F.linear", False),
-        ("linear", "Linear", True),
-    ]
+    facts = planned_facts(Both()).values()
+    assert [(f.name, f.type, f.obstacle) for f in facts] == [("linear_1", "F.linear", None), ("linear", "Linear", None)]
+
+
+MODULES = {
+    "Conv1d": (lambda: nn.Conv1d(4, 8, 3), "Conv1d", (3,), False),
+    "Conv2d": (lambda: nn.Conv2d(4, 8, (3, 1), groups=2), "Conv2d", (3, 1), False),
+    "Conv3d": (lambda: nn.Conv3d(4, 8, 2), "Conv3d", (2, 2, 2), False),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), "Conv2d", (3, 3), True),
+    "one-channel": (lambda: nn.Conv2d(1, 8, 3), "Conv2d", (3, 3), False),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 8, 3), "ConvTranspose1d", (3,), False),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 8, (1, 3)), "ConvTranspose2d", (1, 3), False),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 8, 2), "ConvTranspose3d", (2, 2, 2), False),
+    "depthwise-transposed": (lambda: nn.ConvTranspose1d(4, 8, 3, groups=4), "ConvTranspose1d", (3,), True),
+    "Linear": (lambda: nn.Linear(4, 8), "Linear", (), False),
+    "functional-depthwise": (lambda: Functional(TF.conv1d, 4, 1, 3, groups=4), "Conv1d", (3,), True),
+    "functional-transposed": (lambda: Functional(TF.conv_transpose1d, 4, 1, 3, groups=4), "ConvTranspose1d", (3,), True),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), "Conv2d", (3, 3), False),
+    "subclass": (lambda: MyLinear(4, 8), "Linear", (), False),
+}
+
+
+@pytest.mark.parametrize("make, kind, kernel, depthwise", MODULES.values(), ids=MODULES)
+def test_kind_kernel_and_depthwise(make, kind, kernel, depthwise):
+    (layer,) = planned_facts(nn.Sequential(make())).values()
+    assert (layer.kind, layer.kernel_size, layer.depthwise) == (kind, kernel, depthwise)
+    assert layer.obstacle is None and layer.is_first and layer.is_last
+
+
+SIGN_REASONS = {
+    "the network's input x can be negative": lambda x, y, layer: x.flatten(1),
+    "layer (Linear) can be negative": lambda x, y, layer: layer(x),
+    "relu (relu) is never negative": lambda x, y, layer: torch.relu(layer(x)).mean(1, keepdim=True).expand(-1, 4),
+    "sub (sub) can be negative": lambda x, y, layer: torch.relu(layer(x)) - 1,
+    "add (add) can be negative": lambda x, y, layer: torch.relu(layer(x)) + y,
+    "add (add) is never negative": lambda x, y, layer: torch.relu(layer(x)) + torch.exp(y),
+    "the network's input y can be negative": lambda x, y, layer: TF.dropout(y, 0.1, False),
+}
+
+
+@pytest.mark.parametrize("reason", SIGN_REASONS)
+def test_the_reason_of_a_sign(reason):
+    class Signs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.last(SIGN_REASONS[reason](x, y, self.layer))
+
+    layer = planned_facts(Signs())["last"]
+    assert layer.sign_reason == reason and layer.signed_input is ("can be" in reason)
+
+
+def test_the_reason_of_a_position():
+    reasons = {name: facts.position_reason for name, facts in planned_facts(Branches()).items()}
+    assert reasons == {
+        "stem": "no layer before it", "left": "after stem, before head_a", "right": "no layer before it",
+        "shortcut": "no layer before it", "head_a": "no layer after it", "middle": "after left, before head_b",
+        "head_b": "no layer after it",
+    }  # fmt: skip
+    (single,) = planned_facts(nn.Sequential(nn.Linear(2, 2))).values()
+    assert single.position_reason == "no layer before it, no layer after it"
+
+
+def test_first_and_last_where_inputs_and_outputs_are_no_single_tensor():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("image", "text", "trunk", "boxes", "scores", "unused"):
+                self.add_module(name, nn.Linear(2, 2))
+
+        def forward(self, batch, extra=None):
+            trunk = self.trunk(self.image(batch["image"]) + self.text(batch["text"]))
+            return {"boxes": [self.boxes(trunk)], "scores": (self.scores(trunk), extra), "trunk": trunk}
+
+    facts = planned_facts(Heads())
+    assert {f.name for f in facts.values() if f.is_first} == {"image", "text"}
+    assert {f.name for f in facts.values() if f.is_last} == {"boxes", "scores"}
+    assert facts["unused"].obstacle == "never called by the model's forward"
+
+
+# What cannot be quantized.
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+HOOK = (
+    "its weight is not a parameter of its own, but set by a hook; use torch.nn.utils.parametrizations instead of "
+    "torch.nn.utils.weight_norm"
+)
 
 
 @pytest.mark.parametrize("layer, obstacle", [
-    (nn.ConvTranspose2d(2, 2, 1), "ConvTranspose2d is not one of Conv1d, Conv2d, Conv3d, Linear"),
-    (nn.LazyLinear(2), "LazyLinear is not one of Conv1d, Conv2d, Conv3d, Linear"),
-    (nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
-     "ParametrizedLinear is not one of Conv1d, Conv2d, Conv3d, Linear"),
-    (prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5), "its weight is not a parameter of its own"),
-    (nn.utils.spectral_norm(nn.Linear(2, 2)), "its weight is not a parameter of its own"),
-    (nn.Linear(2, 2), None),
-], ids=["transposed", "lazy", "parametrized", "pruned", "spectral_norm", "none"])  # fmt: skip
+    (prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5), HOOK),
+    (nn.utils.spectral_norm(nn.Linear(2, 2)), HOOK),
+    (nn.LSTM(2, 2), "LSTM has no quantized version"), (nn.GRUCell(2, 2), "GRUCell has no quantized version"),
+    (nn.Bilinear(2, 2, 2), "Bilinear has no quantized version"),
+    (nn.Linear(2, 2, dtype=torch.complex64), "its weight is complex64, not a floating-point type"),
+    (nn.ConvTranspose2d(2, 2, 1), None), (nn.Linear(2, 2), None), (parametrizations.orthogonal(nn.Linear(2, 2)), None),
+], ids=["pruned", "spectral_norm", "lstm", "gru-cell", "bilinear", "complex", "transposed", "linear", "parametrized"])  # fmt: skip
 def test_obstacles_of_modules(layer, obstacle):
-    assert facts_of(nn.Sequential(layer))["0"].obstacle == obstacle
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, y):
+            return self.layer(x, y) if isinstance(layer, nn.Bilinear) else self.layer(x)
+
+    assert facts_of(Calling())["layer"].obstacle == obstacle
 
 
 class Leaves(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, MyLinear) or super().is_leaf_module(module, name)
+        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)
 
 
-def test_a_subclass_that_is_kept_whole_is_an_obstacle():
-    model = nn.Sequential(MyLinear(2, 2))
+def test_a_subclass_with_a_forward_of_its_own_that_is_kept_whole_is_an_obstacle():
+    model = nn.Sequential(Doubled(2, 2))
     (facts,) = analyze(model, Leaves().trace(model))
-    assert facts.type == "MyLinear"
-    assert facts.obstacle == "MyLinear is not one of Conv1d, Conv2d, Conv3d, Linear"
+    assert facts.type == "Doubled" and facts.obstacle == "Doubled computes something of its own"
 
 
-def test_a_subclass_that_is_traced_through_is_a_functional_call():
-    facts = facts_of(nn.Sequential(MyLinear(2, 2)))
-    assert facts["linear"].obstacle == "a functional call; use the module instead"
-    assert facts["0"].type == "MyLinear"
-    assert facts["0"].obstacle == "never called; its weight is passed to linear"
+def test_a_subclass_is_a_layer_and_one_with_a_forward_of_its_own_is_traced_through():
+    facts = planned_facts(nn.Sequential(MyLinear(2, 2), Doubled(2, 2)))
+    assert list(facts) == ["0", "1.linear"]
+    assert (facts["0"].type, facts["0"].kind, facts["0"].obstacle) == ("MyLinear", "Linear", None)
+    assert (facts["1.linear"].type, facts["1.linear"].kind, facts["1.linear"].obstacle) == ("F.linear", "Linear", None)
 
 
-def test_layers_inside_a_module_that_tracing_keeps_whole():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2)
+UNLISTED = [
+    lambda x, m: x @ x.mT, lambda x, m: torch.bmm(x, x.mT), lambda x, m: x * m.p[0, 0],
+    lambda x, m: TF.layer_norm(x, (4,), m.p[0, 0]), lambda x, m: TF.scaled_dot_product_attention(x, x, x),
+]  # fmt: skip
+REMAINING = {
+    "weight-of-input": (lambda x, m: TF.linear(x, x[0]), "linear", "F.linear"),
+    "weight-times-input": (lambda x, m: TF.linear(x, m.p[0] * x.mean()), "linear", "F.linear"),
+    "bmm": (lambda x, m: torch.bmm(x, m.p), "bmm", "torch.bmm"),
+    "matmul-of-batches": (lambda x, m: x @ m.p, "matmul", "torch.matmul"),
+    "einsum": (lambda x, m: torch.einsum("nij,njk->nik", x, m.p), "einsum", "torch.einsum"),
+    "tensordot": (lambda x, m: torch.tensordot(x, m.p, 1), "tensordot", "torch.tensordot"),
+    "bilinear": (lambda x, m: TF.bilinear(x, x, m.p), "bilinear", "torch.bilinear"),
+    "mv": (lambda x, m: x[0].mv(m.p[0, 0]), "mv", "torch.mv"),
+    "vector": (lambda x, m: TF.linear(x, m.p[0, 0]), "linear", "F.linear"),
+    "computed-batches": (lambda x, m: x @ m.p.abs(), "matmul", "torch.matmul"),
+    "computed-einsum": (lambda x, m: torch.einsum("nij,njk->nik", x, 2 * m.p), "einsum", "torch.einsum"),
+}
 
+
+class Product(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.layer, self.p, self.compute = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4, 4)), compute
+
+    def forward(self, x):
+        return self.compute(self.layer(x), self)
+
+
+@pytest.mark.parametrize("compute, name, kind", REMAINING.values(), ids=REMAINING)
+def test_products_with_weights_that_stay_float_are_listed_with_a_reason(compute, name, kind):
+    facts = planned_facts(Product(compute))
+    assert list(facts) == ["layer", name]
+    assert facts[name].type == kind and facts[name].kind == "" and facts[name].is_last
+    computed = kind == "F.linear"
+    expected = "computed from the network's input" if computed else "a product with parameters that is no linear layer"
+    assert expected in facts[name].obstacle
+
+
+@pytest.mark.parametrize("compute", UNLISTED, ids=["x-xT", "bmm", "scale", "layer_norm", "attention"])
+def test_products_of_results_are_no_layers(compute):
+    assert list(planned_facts(Product(compute))) == ["layer"]
+
+
+class Attending(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, **options)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def test_the_projections_of_attention_are_layers():
+    facts = planned_facts(nn.Sequential(nn.Linear(4, 4), Attending()))
+    assert list(facts) == ["0", *(f"1.attention.{name}_proj" for name in ("q", "k", "v", "out"))]
+    assert all(f.obstacle is None and f.kind == "Linear" for f in facts.values())
+    assert [f.name for f in facts.values() if f.is_last] == ["1.attention.out_proj"]
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_attention_that_cannot_be_split_is_listed(option):
+    facts = planned_facts(nn.Sequential(nn.Linear(4, 4), Attending(**{option: True})))
+    assert list(facts) == ["0", "1.attention"]
+    assert facts["1.attention"].type == "MultiheadAttention" and facts["1.attention"].is_last
+    assert facts["1.attention"].obstacle == "attention with add_bias_kv or add_zero_attn"
+
+
+@pytest.mark.parametrize("between, unsigned", [
+    (lambda x, m: TF.linear(x, m.p[0]), True), (lambda x, m: m.p[0] @ x, True), (lambda x, m: m.p[0].mm(x), True),
+    (lambda x, m: m.p[0].T.matmul(x.T), True), (lambda x, m: x.t() @ m.p[0], True), (lambda x, m: -x @ m.p[0], False),
+    (lambda x, m: torch.addmm(-m.p[0, 0], x, m.p[0]), True), (lambda x, m: m.p[0] @ -x, False),
+], ids=["linear", "left", "mm-left", "transposed", "t", "negative", "addmm", "negative-left"])  # fmt: skip
+def test_the_sign_of_a_product_is_that_of_its_input(between, unsigned):
+    class Between(Product):
         def forward(self, x):
-            return self.attention(x, x, x)[0]
+            return between(torch.relu(self.layer(x)), self)
 
-    facts = facts_of(nn.Sequential(nn.Linear(4, 4), Attention()))
-    assert list(facts) == ["0", "1.attention.out_proj"]
-    hidden = facts["1.attention.out_proj"]
-    assert hidden.obstacle == "inside 1.attention (MultiheadAttention), which tracing keeps whole"
-    assert hidden.signed_input and not hidden.is_first and not hidden.is_last and not hidden.feeds_batch_norm
+    facts = planned_facts(Between(None))
+    assert facts["linear"].obstacle is None and facts["linear"].signed_input is not unsigned
 
 
 def test_a_layer_that_is_never_called():

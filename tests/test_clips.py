@@ -4,7 +4,7 @@ from helpers import LEVEL_SETS, encoding, level_set_id
 
 from apotfx import LevelSet
 from apotfx import functional as F
-from apotfx.clips import SAMPLES, fit_clip, sample
+from apotfx.clips import SAMPLES, extremes, fit_clip, minmax_clip, percentile_clip, sample
 
 PER_TENSOR = torch.Size([])
 GENERATOR = torch.Generator().manual_seed(0)
@@ -93,3 +93,46 @@ def test_a_sample_is_a_copy():
     x = torch.zeros(4)
     sample(x).add_(1)
     assert not x.any()
+
+
+@pytest.mark.parametrize("x", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_minmax_is_the_largest_magnitude_that_the_levels_can_represent(x, signed):
+    levels = LevelSet("apot", 4, signed)
+    assert minmax_clip(x, levels, PER_TENSOR) == (x.abs().max() if signed else x.max())
+    rows = x[-5000:].reshape(4, -1)
+    per_channel = minmax_clip(rows, levels, torch.Size([4, 1]))
+    assert torch.equal(per_channel, (rows.abs() if signed else rows).amax(1, keepdim=True))
+
+
+def test_minmax_of_levels_that_reach_it_is_exact():
+    levels = LevelSet("uniform", 8)
+    x = torch.arange(-127, 128) * 0.5
+    assert torch.equal(F.fake_quantize(x, minmax_clip(x, levels, PER_TENSOR), encoding(levels)), x)
+
+
+@pytest.mark.parametrize(
+    "percentile, expected", [(100, 10), (90, 9), (89.9, 9), (50, 5), (50.1, 6), (10, 1), (1e-6, 1)]
+)
+def test_percentile_is_the_nearest_rank(percentile, expected):
+    x = torch.tensor([-3.0, 1, 2, -10, 4, 5, -6, 7, 8, 9])
+    assert percentile_clip(x, LevelSet("apot", 4), percentile) == expected
+
+
+def test_percentile_counts_what_an_unsigned_set_cannot_represent_as_0():
+    x = torch.tensor([-8.0, -7, 0, 1, 2])
+    assert [percentile_clip(x, LevelSet("apot", 4, False), p).item() for p in (61, 81, 60)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("fit", [lambda x, s: minmax_clip(x, s, PER_TENSOR), lambda x, s: percentile_clip(x, s, 99)])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_minmax_and_percentile_of_nothing_to_represent_give_1(fit, signed):
+    assert fit(torch.zeros(10), LevelSet("apot", 4, signed)) == 1
+    if not signed:
+        assert fit(-torch.rand(10), LevelSet("apot", 4, signed)) == 1
+
+
+@pytest.mark.parametrize("x", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_extremes(x):
+    assert extremes(x).tolist() == [x.min().item(), x.max().item()]
+    assert extremes(x[:0]).shape == (0,)

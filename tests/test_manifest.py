@@ -2,11 +2,14 @@ import json
 import re
 
 import pytest
-from helpers import LEVEL_SETS, MIXED, check_refused, edit_manifest, level_set_id, trained
+import torch
+from helpers import LEVEL_SETS, MIXED, check_refused, edit_manifest, level_set_id, policy, trained
 from jsonschema import Draft202012Validator
+from torch import nn
 
+from apotfx import calibrate, quantize
 from apotfx.integer.format import export_integer
-from apotfx.integer.manifest import SCHEMA, describe_levels, level_set_of
+from apotfx.integer.manifest import SCHEMA, describe_levels, level_set_of, read_manifest
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])
@@ -27,16 +30,16 @@ def test_an_altered_manifest_is_refused(change, export, exported):
     check_refused(export, exported[1], r"manifest.json: was altered \(checksum\); export the model again")
 
 
-@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"text"', b'{"format": "other", "version": 3}'])
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"text"', b'{"format": "other", "version": 4}'])
 def test_another_json_file_is_refused(content, export, exported):
     (export / "manifest.json").write_bytes(content)
     check_refused(export, exported[1], "manifest.json: not the manifest of an integer export .format apotfx-integer.")
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, "3", None])
+@pytest.mark.parametrize("version", [0, 1, 3, 5, "4", None])
 def test_another_version_is_refused(version, export, exported):
     edit_manifest(export, lambda m: m.update(version=version), sign=True)
-    message = f"manifest.json: format version {json.dumps(version)}, expected 3; export the model again"
+    message = f"manifest.json: format version {json.dumps(version)}, expected 4; export the model again"
     check_refused(export, exported[1], message)
 
 
@@ -75,7 +78,7 @@ NAN, INFINITY = float("nan"), float("inf")
     # Keys, types and ranges.
     (("graph",), ABSENT, "graph is absent, expected it to be there"),
     (("more",), 1, "more is 1, expected no such key"),
-    (("version",), 3.0, "version is 3.0, expected 3"),
+    (("version",), 4.0, "version is 4.0, expected 4"),
     (("metadata", "arch"), 3, "metadata.arch is 3, expected printable text"),
     (("metadata", "in_channels"), -1, "metadata.in_channels is -1, expected an integer from 1 to 65536"),
     (("metadata", "image_size"), 2**50, "metadata.image_size is 1125899906842624, expected an integer from 1 to 65536"),
@@ -89,7 +92,7 @@ NAN, INFINITY = float("nan"), float("inf")
     (("graph", 2, "settings"), [], "graph[2].settings is [], expected an object, the settings"),
     ((*CONV3, "name"), "a\nb", r'layers[1].name is "a\nb", expected printable text'),
     ((*CONV3, "scheme"), "apot", 'layers[1].scheme (layer conv3) is "apot", expected no such key'),
-    ((*CONV3, "type"), "Conv4d", 'layers[1].type (layer conv3) is "Conv4d", expected Conv1d, Conv2d, Conv3d or Linear'),
+    ((*CONV3, "type"), "Conv4d", 'layers[1].type (layer conv3) is "Conv4d", expected Conv1d, Conv2d, Conv3d, ConvTra'),
     ((*CONV3, "shape", 1), 6.0, "layers[1].shape[1] (layer conv3) is 6.0, expected an integer from 0"),
     ((*CONV3, "shape", 1), -6, "layers[1].shape[1] (layer conv3) is -6, expected an integer from 0"),
     ((*CONV3, "bias"), 1, "layers[1].bias (layer conv3) is 1, expected true or false"),
@@ -189,7 +192,7 @@ def test_the_manifest_describes_a_layer(tmp_path):
     qmodel, _ = trained(MIXED)
     path = export_integer(qmodel, tmp_path / "export")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("apotfx-integer", 3)
+    assert (manifest["format"], manifest["version"]) == ("apotfx-integer", 4)
     layers = {layer["name"]: layer for layer in manifest["layers"]}
     conv = layers["conv3"]
     quantizer = qmodel.conv3.weight_quantizer
@@ -215,3 +218,41 @@ def test_the_manifest_describes_a_layer(tmp_path):
     assert layers["conv1"]["input"] is None and layers["pointwise"]["weight"] is None
     assert layers["fc"]["operator"]["kind"] == "MatrixProduct" and layers["fc"]["input"]["signed"] is False
     assert "accumulator_bound" not in layers["conv1"] and "batch_norm" not in conv
+
+
+@pytest.fixture
+def transposed(tmp_path):
+    """An export with a transposed convolution of two groups, and its float model."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), up, nn.ReLU(), nn.Conv2d(6, 2, 1))
+    qmodel = calibrate(quantize(model, policy(granularity="channel")), [torch.randn(2, 2, 5, 5)])
+    return export_integer(qmodel, tmp_path / "transposed"), model
+
+
+def test_the_manifest_describes_a_transposed_layer(transposed):
+    layer = read_manifest(transposed[0] / "manifest.json")["layers"][1]
+    assert (layer["type"], layer["shape"], layer["pad"]) == ("ConvTranspose2d", [6, 2, 3, 3], [])
+    assert layer["operator"] == {
+        "kind": "TransposedConvolution", "stride": [2, 2], "padding": [0, 0], "output_padding": [1, 1],
+        "dilation": [1, 1], "groups": 2,
+    }  # fmt: skip
+    assert len(layer["weight"]["scale"]) == 6 and layer["accumulator_bound"] == 18 * 10 * 10
+
+
+@pytest.mark.parametrize("place, value, message", [
+    (("operator", "kind"), "Convolution", 'kind (layer 1) is "Convolution", expected TransposedConvolution for a trans'),
+    (("operator", "output_padding"), ABSENT, "output_padding (layer 1) is absent, expected it to be there"),
+    (("operator", "output_padding"), [1], "output_padding (layer 1) is [1], expected 2 integers"),
+    (("operator", "output_padding", 0), -1, "output_padding[0] (layer 1) is -1, expected an integer from 0"),
+    (("operator", "stride", 0), 0, "stride[0] (layer 1) is 0, expected an integer above 0"),
+    (("operator", "groups"), 4, "groups (layer 1) is 4, expected a divisor of the 6 output channels"),
+    (("operator", "transposed"), True, "transposed (layer 1) is true, expected no such key"),
+    (("type",), "Conv2d", 'operator.output_padding (layer 1) is [1, 1], expected no such key'),
+    (("type",), "ConvTranspose1d", "shape (layer 1) is [6, 2, 3, 3], expected 3 sizes"),
+    (("type",), "ConvTranspose4d", 'type (layer 1) is "ConvTranspose4d", expected Conv1d'),
+], ids=["kind", "absent", "one-number", "negative", "stride", "groups", "more", "conv", "dimensions", "unknown"])  # fmt: skip
+def test_a_transposed_layer_that_cannot_be_is_refused(place, value, message, transposed):
+    path, model = transposed
+    edit_manifest(path, lambda manifest: at("layers", 1, *place)(manifest, value), sign=True)
+    check_refused(path, model, re.escape(message))

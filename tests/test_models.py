@@ -3,9 +3,11 @@ import torch
 import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from apotfx import BitPolicy, plan
 from apotfx.errors import ApotfxError
 from apotfx.models import build_model, list_models
 from apotfx.models.resnet import CIFAR_RESNETS, MNIST_RESNETS
+from apotfx.models.small import SMALL
 
 
 def build(arch, in_channels=1, num_classes=10, image_size=28):
@@ -75,6 +77,43 @@ def test_resnets_are_traceable(arch):
         assert torch.equal(torch.fx.symbolic_trace(model).eval()(images), model.eval()(images))
 
 
+@pytest.mark.parametrize("in_channels, image_size", [(1, 28), (3, 32), (2, 8), (1, 15), (1, 31), (1, 1)])
+@pytest.mark.parametrize("arch", SMALL)
+def test_small_networks_take_any_images_and_have_no_batch_norm(arch, in_channels, image_size):
+    torch.manual_seed(0)
+    model, size = build(arch, in_channels, num_classes=7, image_size=image_size)
+    assert size == (max(8, image_size) if arch == "vgg7" else image_size) and model.training
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    images = torch.randn(5, in_channels, size, size)
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (5, 7) and logits.isfinite().all() and logits.std() > 0.05
+
+
+@pytest.mark.parametrize("arch, expected", [("mlp", 235_146), ("vgg7", 77_562), ("vit", 204_938)])
+def test_small_networks_on_mnist(arch, expected):
+    model, size = build(arch)
+    assert num_parameters(model) == expected
+    images = torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(torch.fx.symbolic_trace(model).eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "arch, layers",
+    [
+        ("mlp", ["1", "3", "5"]),
+        ("vgg7", [*(f"features.{i}" for i in (0, 2, 5, 7, 10, 12)), "classifier"]),
+        ("vit", ["patches", *(f"blocks.{i}.{layer}" for i in range(4) for layer in (
+            "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj", "mlp.0", "mlp.2")), "head"]),
+    ],
+)  # fmt: skip
+def test_every_layer_of_the_small_networks_is_quantized(arch, layers):
+    planned = plan(build(arch)[0], BitPolicy.default(4)).layers
+    assert [layer.facts.name for layer in planned if layer.quantized] == layers
+    assert all(layer.quantized for layer in planned)
+
+
 @pytest.mark.parametrize(
     "name, expected_size",
     [
@@ -129,7 +168,8 @@ def test_list_models_names_all_networks():
     assert names[:7] == ["resnet10", "resnet14", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
     assert names[7:12] == ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
     theirs = torchvision.models.list_models(module=torchvision.models)
-    assert names[12:] == [f"torchvision/{name}" for name in theirs]
+    assert names[12:15] == ["mlp", "vgg7", "vit"]
+    assert names[15:] == [f"torchvision/{name}" for name in theirs]
 
 
 @pytest.mark.parametrize(

@@ -150,12 +150,13 @@ def test_repr_tells_the_levels():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_first_batch_that_is_not_finite_is_refused(value):
     quantizer = InputQuantizer(LevelSet("apot", 4))
-    with pytest.raises(ApotfxError, match="first training batch has values that are not finite"):
-        quantizer.fit_first_batch(torch.tensor([1.0, value]))
+    message = "first training batch: the input of layer fc is not finite; check the data and the weights"
+    with pytest.raises(ApotfxError, match=message):
+        quantizer.fit_first_batch(torch.tensor([1.0, value]), "the input of layer fc")
     assert quantizer.needs_clip and not quantizer.calibrated
 
 
 def test_an_empty_first_batch_leaves_the_clip_for_the_next():
     quantizer = InputQuantizer(LevelSet("apot", 4))
-    quantizer.fit_first_batch(torch.empty(0, 3))
+    quantizer.fit_first_batch(torch.empty(0, 3), "the input of layer fc")
     assert quantizer.needs_clip

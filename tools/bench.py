@@ -1,31 +1,28 @@
 #!/usr/bin/env python
-"""Measure what quantization-aware training costs, and how fast the exported network runs.
+"""Measure what quantization and training with it cost, and how fast the exported network runs.
 
 python tools/bench.py train --network resnet18
 python tools/bench.py inference --network resnet18
+python tools/bench.py quantize
 """
 
 import argparse
 import sys
 
 import bench_inference
+import bench_quantize
 import bench_train
+from bench_common import Parser
 
 from apotfx.errors import ApotfxError
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str):
-        raise ApotfxError(f"{message}; see --help")
-
-
 def make_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__.splitlines()[0])
-    commands = p.add_subparsers(dest="command", required=True, metavar="{train,inference}")
+    commands = p.add_subparsers(dest="command", required=True, metavar="{train,inference,quantize}")
     bench_train.add_parsers(commands)
     bench_inference.add_parser(commands)
+    bench_quantize.add_parser(commands)
     return p
 
 

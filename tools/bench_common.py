@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import nn
 
 from apotfx.engine import choose
+from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.models import build_model
 
@@ -215,6 +216,13 @@ class Report:
 def print_skipped(skipped: dict[str, str]) -> None:
     for name, reason in skipped.items():
         print(f"Skipped: {name}: {reason}\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str):
+        raise ApotfxError(f"{message}; see --help")
 
 
 def positive(text: str) -> int:

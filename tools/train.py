@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     d = {field.name: field.default for field in fields(TrainConfig)}
 
     what = p.add_argument_group("network and data")
-    what.add_argument("-a", "--arch", help=f"resnet10 ... resnet110 or torchvision/NAME (default {d['arch']})")
+    what.add_argument(
+        "-a", "--arch", help=f"resnet10 ... resnet110, mlp, vgg7, vit or torchvision/NAME (default {d['arch']})"
+    )
     what.add_argument("--bit", type=int, help=f"2 to 8 bits, or 32 for a float network (default {d['bit']})")
     what.add_argument("--scheme", help=f"apot, pot or uniform (default {d['scheme']})")
     what.add_argument("--power", type=int, choices=(0, 1), help="1: scheme apot, 0: scheme uniform")

@@ -29,7 +29,7 @@ def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: in
     """Build a float network, randomly initialized from torch's global generator.
 
     A network of torchvision's that cannot take images of `image_size` pixels takes the next larger size that
-    works of 32, 64, 96, 128, 160, 224 and 299; the caller resizes the images to it.
+    works of 32, 64, 96, 128, 160, 224 and 299, and vgg7 takes 8 or more; the caller resizes the images to it.
 
     Args:
         arch: A name from `list_models()`.
