@@ -86,7 +86,7 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
     last, with an obstacle. A module called several times is described by all its calls together.
 
     Args:
-        graph: after `rewrite.layers_as_modules`; empty for a model that could not be traced.
+        graph: after `modularize.layers_as_modules`; empty for a model that could not be traced.
         leaves: per module that could not be traced why; "" for `root` itself.
     """
     modules = dict(root.named_modules())
@@ -282,7 +282,7 @@ def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterato
     found = set()
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
-        pure = node.op in ("call_function", "call_method") or isinstance(module, Average)
+        pure = node.op in ("call_function", "call_method") and not _works_in_place(node) or isinstance(module, Average)
         computed = pure and node.all_input_nodes and found.issuperset(node.all_input_nodes)
         if node.op == "get_attr" or isinstance(module, ByMode) or computed:
             found.add(node)
@@ -371,10 +371,14 @@ def non_negative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[f
     for node in graph.nodes:
         facts[node] = _is_non_negative(node, modules, facts)
         # What works in place also changes what later readers of its first operand see.
-        name = torch_name(node) or ""
-        if (name in IN_PLACE_OPERATORS or name.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
+        if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
             facts[node.args[0]] &= facts[node]
     return facts
+
+
+def _works_in_place(node: fx.Node) -> bool:
+    name = torch_name(node) or ""
+    return name in IN_PLACE_OPERATORS or name.endswith("_") and not name.endswith("__")
 
 
 def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[fx.Node, bool]) -> bool:

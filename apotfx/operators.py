@@ -174,15 +174,6 @@ class TransposedConvolution(NamedTuple):
     def _arguments(self) -> tuple:
         return self.stride, self.padding, self.dilation, True, self.output_padding, self.groups
 
-    def as_matrix_product(self, x: Tensor, w: Tensor) -> Tensor:
-        """`forward`, in two dimensions, as one matrix product per group, whose columns are added up (col2im)."""
-        stride, padding, output_padding, dilation, groups = self
-        kernel = w.shape[2:]
-        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # [groups, C_in / groups, C_out / groups * kernel]
-        columns = w.mT @ x.flatten(2).unflatten(1, (groups, -1))  # [N, groups, C_out / groups * kernel, positions]
-        sizes = [n + o for n, o in zip(self._least_sizes(x.shape[2:], kernel), output_padding)]
-        return nn.functional.fold(columns.flatten(1, 2), sizes, kernel, dilation, padding, stride)
-
     def _least_sizes(self, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """Of the output without output padding, for inputs of `sizes`."""
         geometry = zip(sizes, kernel, self.stride, self.padding, self.dilation)
@@ -313,11 +304,13 @@ def exact_dtype(bound: int, max_level: int, device: torch.device) -> torch.dtype
 def accumulators(operator: Operator, n_x: Tensor, n_w: Tensor, bound: int, max_level: int) -> Tensor:
     """`operator(n_x, n_w)` of integer-valued tensors, exact; the arguments are those of `exact_dtype`.
 
-    On a GPU a convolution that float32 holds is a matrix product there, in TF32 or bfloat16 if the user lets it: products
+    On a GPU a convolution, not a transposed one, that float32 holds is a matrix product there, in TF32 or bfloat16 if the user lets it: products
     of such levels are exact in them, and sums are kept in float32.
     """
     dtype = exact_dtype(bound, max_level, n_x.device)
-    if n_x.device.type == "cuda" and bound < FLOAT32_EXACT and max_level <= BFLOAT16_EXACT and n_x.dim() in (2, 4):
+    exact = bound < FLOAT32_EXACT and max_level <= BFLOAT16_EXACT
+    multiplies = n_x.dim() in (2, 4) and not isinstance(operator, TransposedConvolution)
+    if n_x.device.type == "cuda" and exact and multiplies:
         return operator.as_matrix_product(n_x.float(), n_w.float())
     return operator.forward(n_x.to(dtype), n_w.to(dtype))
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from .attention import PROJECTIONS, obstacle, split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
+from .modularize import functional_arguments, without_arguments
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
-from .rewrite import functional_arguments, without_arguments
 from .tracing import attribute, bind, graph_of
 
 

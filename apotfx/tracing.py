@@ -3,7 +3,8 @@
 import inspect
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -106,6 +107,8 @@ def require_traceable(model: nn.Module) -> None:
 
 def explain(error: Exception) -> str:
     """Where the traced code raised `error`, and what, in one line."""
+    if isinstance(error, _ChangesBuffer):
+        return str(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH_FILES)]
     frames = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
@@ -128,7 +131,8 @@ class _Tracer(fx.Tracer):
         self._shapes = None if example_inputs is None else _Shapes(model, example_inputs)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, object] | None = None) -> fx.Graph:
-        graph = super().trace(root, concrete_args)
+        with _unchanged_buffers(root):
+            graph = super().trace(root, concrete_args)
         for node in reversed(list(graph.nodes) if concrete_args else []):
             # torch.fx keeps arguments that are fixed, under other names, and asserts their values.
             if "_assert" in getattr(node.target, "__name__", "") and "has been specialized" in str(node.args[-1]):
@@ -153,7 +157,8 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with _unchanged_buffers(m):
+                return super().call_module(m, forward, args, kwargs)
         except ApotfxError:
             raise
         except Exception as error:  # the module's own code may raise anything
@@ -185,6 +190,27 @@ class _Tracer(fx.Tracer):
     @property
     def _is_evaluating(self) -> bool:
         return self._shapes is not None and self._shapes.is_evaluating
+
+
+class _ChangesBuffer(Exception):
+    pass
+
+
+@contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Raises _ChangesBuffer if tracing ran code that changes a buffer of `module` itself, after changing it back."""
+    before = {key: (buffer, buffer.clone()) for key, buffer in module._buffers.items() if buffer is not None}
+    versions = {key: buffer._version for key, (buffer, _) in before.items()}
+    yield
+    changed = [
+        key for key, (buffer, _) in before.items()
+        if module._buffers.get(key) is not buffer or buffer._version != versions[key]
+    ]  # fmt: skip
+    for key in changed:
+        buffer, value = before[key]
+        module._buffers[key] = buffer.copy_(value)
+    if changed:
+        raise _ChangesBuffer(f"its forward changes its buffer {changed[0]}, which tracing would do once and for all")
 
 
 class _Shapes:

@@ -35,10 +35,10 @@ from apotfx.integer.manifest import (
     read_manifest,
 )
 from apotfx.layers import FunctionalLayer, Geometry, QuantLayer
+from apotfx.modularize import layer_parameters, without_arguments
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
-from apotfx.rewrite import layer_parameters, without_arguments
 from apotfx.tracing import graph_of
 
 MAX_HEADER_BYTES = 10**8  # of safetensors

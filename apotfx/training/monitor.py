@@ -27,9 +27,9 @@ from ..clips import sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
 from ..levels import LevelSet
+from ..modularize import layer_parameters
 from ..policy import Plan
 from ..quantizers import Quantizer
-from ..rewrite import layer_parameters
 
 HISTOGRAM_BINS = 64
 PICTURE_WIDTH, ROW_HEIGHT = 768, 12  # in pixels: three columns for each of the 255 levels of 8 bits
