@@ -1,6 +1,6 @@
 """Low-bit quantization-aware training: a plain float network in, exact integers out."""
 
-from .calibrate import calibrate
+from .calibrate import calibrate, correct_biases, reestimate_batch_norms
 from .engine import use_engine
 from .errors import ApotfxError
 from .integer.format import export_integer, read_integer
@@ -18,11 +18,13 @@ __all__ = [
     "LevelSet",
     "Rule",
     "calibrate",
+    "correct_biases",
     "export_integer",
     "load_integer",
     "plan",
     "quantize",
     "read_integer",
+    "reestimate_batch_norms",
     "summary",
     "trace",
     "use_engine",

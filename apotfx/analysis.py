@@ -116,18 +116,21 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         guess = "there is no graph; in order of registration"
         facts += _hidden_facts(inside[""], "", modules, leaves, True, True, guess)
     known = {name for op, name in calls if op == "call_module"}.union(*inside.values())
-    attention = tuple(f"{name}." for name in known if isinstance(modules.get(name), nn.MultiheadAttention))
     return facts + [
         LayerFacts(
-            name, type(module).__name__, True, False, False, False, _uncalled(name, graph), _kind(module),
+            name,
+            type(module).__name__,
+            True,
+            False,
+            False,
+            False,
+            _read_by_attention(name, modules) or _uncalled(name, graph),
+            _kind(module),
             sign_reason="nothing calls it",
         )
         for name, module in modules.items()
-        if is_layer(module)
-        and name not in known
-        and not name.startswith(attention)  # which reads the weights itself, and is listed
-        and not _is_in_function(name, constants, modules)
-    ]  # fmt: skip
+        if is_layer(module) and name not in known and not _is_in_function(name, constants, modules)
+    ]
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -225,12 +228,19 @@ def _leaf_name(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str, st
     return f"{what}, which cannot be traced ({reason})" if reason else f"{what}, which tracing keeps whole"
 
 
+def _read_by_attention(name: str, modules: dict[str, nn.Module]) -> str | None:
+    parent = modules.get(name.rpartition(".")[0])
+    if not isinstance(parent, nn.MultiheadAttention):
+        return None
+    return f"its weight is read by {type(parent).__name__} ({attention_obstacle(parent)})"
+
+
 def _hidden_obstacle(name: str, modules: dict[str, nn.Module], where: str) -> str | None:
-    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
+    module = modules.get(name)
     if module is None:
         return f"a parameter {where}"
-    if isinstance(parent, nn.MultiheadAttention):
-        return f"its weight is read by {type(parent).__name__} ({attention_obstacle(parent)})"
+    if reason := _read_by_attention(name, modules):
+        return reason
     reason = _obstacle(module, None)
     return f"{reason}, {where}" if reason and float_type_of(module) is None else reason
 
