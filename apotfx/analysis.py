@@ -8,8 +8,9 @@ from torch import fx, nn
 
 from .attention import obstacle as attention_obstacle
 from .layers import FunctionalLayer, float_type_of, kind_of
+from .modules import has_hooks
 from .reproducible import Average
-from .tracing import ByMode, has_hooks
+from .tracing import ByMode
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
@@ -335,7 +336,11 @@ class _Surroundings:
         reasons = ["no layer before it"] * first + ["no layer after it"] * last
         if not reasons:
             before, after = self.after.get(nodes[0]), self.before.get(nodes[-1])
-            reasons = [f"after {before.name}"] * bool(before) + [f"before {after.name}"] * bool(after)
+            reasons = [
+                f"{where} {node.name}" for where, node in (("after", before), ("before", after)) if node is not None
+            ]
+        if not any(node in self.fed for node in nodes):
+            reasons.append("no input of the network reaches it")
         return first, last, ", ".join(reasons)
 
 

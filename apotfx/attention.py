@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .modules import replace_modules
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -132,17 +134,12 @@ def split_projections(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor
     return split
 
 
-def split_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Put a `MultiheadAttention` in the place of each of torch's in `model`, in place; returns torch's own by name."""
-    replaced = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and name and obstacle(module) is None
-    }
-    for name, module in replaced.items():
-        model.set_submodule(name, MultiheadAttention.from_float(module))
-    if replaced:
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False  # its own way around its layers, to the same kernel
-    return replaced
+def split_attention(model: nn.Module) -> dict[nn.Module, nn.MultiheadAttention]:
+    """Put a `MultiheadAttention` in the place of each of torch's in `model`, in place; returns torch's by the new one."""
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and obstacle(m) is None]
+    replacements = {attention: MultiheadAttention.from_float(attention) for attention in attentions}
+    replace_modules(model, replacements)
+    for module in model.modules() if replacements else ():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its own way around its layers, to the same kernel
+    return {new: attention for attention, new in replacements.items()}

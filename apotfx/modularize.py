@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from .analysis import FUNCTIONAL_LAYERS, constant_nodes, torch_name
 from .layers import FunctionalLayer
-from .tracing import attribute, graph_of
+from .modules import attribute
+from .tracing import graph_of
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 PRODUCT_ARGUMENTS = {"matmul": ("input", "other"), "mm": ("input", "mat2"), "addmm": ("input", "mat1", "mat2")}

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +14,11 @@ from .engine import use_engine
 from .errors import ApotfxError
 from .layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
 from .modularize import functional_arguments, functional_calls, layers_as_modules
+from .modules import attribute, has_hooks, replace_modules
 from .operators import accumulator_bits, accumulator_bound
 from .policy import BitPolicy, Plan, PlannedLayer, resolve
 from .quantizers import InputQuantizer, WeightQuantizer
-from .tracing import attribute, graph_of, has_hooks, require_traceable, trace
+from .tracing import graph_of, require_traceable, trace
 
 
 def plan(
@@ -77,11 +78,15 @@ class Prepared:
         """What could not be traced, and why."""
         return self.model.meta["leaves"]
 
-    def keep_attention(self, quantized: set[str]) -> None:
+    def keep_attention(self, quantized: Collection[str]) -> None:
         """Take torch's own attention back where none of the layers `quantized` is inside."""
-        for name, attention in self._attention.items():
-            if not any(layer.startswith(f"{name}.") for layer in quantized):
-                self.model.set_submodule(name, attention)
+        names = {module: name for name, module in self.model.named_modules()}
+        unused = {
+            new: attention
+            for new, attention in self._attention.items()
+            if not any(layer.startswith(f"{names.get(new)}.") for layer in quantized)
+        }
+        replace_modules(self.model, unused)
 
 
 def _planned(
@@ -294,11 +299,7 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
 
 def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each of `layers` in the place of the submodule of its name, wherever `model` holds that, in place."""
-    replaced = {model.get_submodule(name): layer for name, layer in layers.items()}
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child in replaced:
-                module._modules[key] = replaced[child]
+    replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     if isinstance(model, fx.GraphModule):
         model.graph.lint()
         model.recompile()

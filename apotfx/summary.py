@@ -14,9 +14,10 @@ from .attention import PROJECTIONS, obstacle, split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
 from .modularize import functional_arguments, without_arguments
+from .modules import attribute
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
-from .tracing import attribute, bind, graph_of
+from .tracing import bind, graph_of
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """From a module to a graph: torch.fx, which goes around what it cannot enter."""
 
+import dataclasses
 import inspect
+import operator
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .attention import MultiheadAttention
 from .errors import ApotfxError
 from .layers import float_type_of
+from .modules import attribute, has_hooks
 
 TORCH_FILES = str(Path(torch.__file__).parent)
 
@@ -49,7 +54,8 @@ def trace(
     Args:
         concrete_args: arguments of forward that are fixed, by name; the result does not take them any more.
         example_inputs: inputs of forward, of which only shapes and types are used: a tensor, a sequence of positional
-            arguments or a dict of keyword arguments. A branch that depends on shapes is then taken as it is for these.
+            arguments or a dict of keyword arguments. What depends on shapes, a branch or a
+            loop, is then taken as it is for these.
 
     Returns:
         A GraphModule, or `model`. Its `meta["leaves"]` says by module name why a module was kept whole ("" for the
@@ -63,21 +69,28 @@ def trace(
         model.meta.setdefault("leaves", {})
         return model
     _require_arguments(model, concrete_args or {})
-    tracer = _Tracer(model, example_inputs)
-    try:
-        graph = tracer.trace(model, concrete_args)
-    except ApotfxError:
-        raise
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        vars(model)["meta"] = {"leaves": {"": explain(error)}}
-        return model
+    kept: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(model, example_inputs, kept)
+        try:
+            graph = tracer.trace(model, concrete_args)
+        except ApotfxError:
+            raise
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            vars(model)["meta"] = {"leaves": {"": explain(error)}}
+            return model
+        others = _nodes_in_other_mode(model, concrete_args, example_inputs, kept)
+        differing = _modules_with_two_paths(graph.nodes, others)
+        if not differing or "" in differing:
+            break
+        kept |= dict.fromkeys(differing, "its forward takes another path in training than in evaluation")
     graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
     graph_module.meta["leaves"] = tracer.leaves
     vars(graph_module).update({key: value.copy() for key, value in vars(model).items() if "_hooks" in key})
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in graph_module.named_modules():
         module.training = modes.get(name, module.training)  # torch.fx makes containers anew
-    _follow_mode(graph_module, model, _nodes_in_other_mode(model, concrete_args, example_inputs))
+    _follow_mode(graph_module, model, others)
     return graph_module
 
 
@@ -119,13 +132,22 @@ def explain(error: Exception) -> str:
 class _Tracer(fx.Tracer):
     """Enters what it can; what it cannot becomes a leaf on the spot.
 
+    Args:
+        kept: modules that it shall not enter, and why.
+
     Attributes:
-        leaves: the names of such modules, and why.
+        leaves: the names of all modules that it did not enter, and why, but for those of torch.
     """
 
-    def __init__(self, model: nn.Module | None = None, example_inputs: object = None):
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        example_inputs: object = None,
+        kept: Mapping[str, str] = MappingProxyType({}),
+    ):
         super().__init__()  # pickled graphs make a tracer without arguments
         self.leaves: dict[str, str] = {}
+        self._kept = kept
         self._names = {} if model is None else {id(tensor): name for name, tensor in model.named_parameters()}
         self._attributes: dict[str, fx.Proxy] = {}
         self._shapes = None if example_inputs is None else _Shapes(model, example_inputs)
@@ -147,10 +169,28 @@ class _Tracer(fx.Tracer):
         layer = float_type_of(m) is not None or isinstance(m, MultiheadAttention)
         if layer or super().is_leaf_module(m, module_qualified_name):
             return True
-        if has_hooks(m):
-            self.leaves[module_qualified_name] = "it has hooks, which run when it is called"
-            return True
-        return False
+        reason = "it has hooks, which run when it is called" if has_hooks(m) else self._kept.get(module_qualified_name)
+        if reason is not None:
+            self.leaves[module_qualified_name] = reason
+        return reason is not None
+
+    def create_arg(self, a: object) -> object:
+        """As torch's, which makes a plain dict of any other, such as an OrderedDict."""
+        if isinstance(a, dict) and type(a) is not dict:
+            if dataclasses.is_dataclass(a):
+                fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a)}
+                return self.create_node("call_function", type(a), (), fields)
+            if type(a) is not OrderedDict:
+                raise TypeError(f"a {type(a).__name__} among its results or arguments, which no graph can make")
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self._shapes is None else _Sized(node, self)
+
+    def value(self, proxy: fx.Proxy, convert: Callable) -> object:
+        """What `convert` (to a bool or to an int) makes of a value that depends on shapes."""
+        return self._shapes.value(proxy.node, convert)
 
     def call_module(self, m, forward, args, kwargs):
         if self._is_evaluating:
@@ -185,11 +225,28 @@ class _Tracer(fx.Tracer):
         return self._attributes[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return super().to_bool(obj) if self._shapes is None else self._shapes.truth(obj.node, self)
+        return super().to_bool(obj) if self._shapes is None else self.value(obj, bool)
 
     @property
     def _is_evaluating(self) -> bool:
         return self._shapes is not None and self._shapes.is_evaluating
+
+
+class _Sized(fx.Proxy):
+    """A proxy that Python can loop over and measure, as it is for the example inputs."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _SizedAttribute(self, name)
+
+    def __len__(self) -> int:
+        return self.tracer.value(self, len)
+
+    def __index__(self) -> int:
+        return self.tracer.value(self, operator.index)
+
+
+class _SizedAttribute(_Sized, fx.proxy.Attribute):
+    pass
 
 
 class _ChangesBuffer(Exception):
@@ -220,10 +277,11 @@ class _Shapes:
         self.model = model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.inputs = bind(example_inputs)
+        self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.values: dict[fx.Node, object] = {}
         self.is_evaluating = False
 
-    def truth(self, node: fx.Node, tracer: fx.Tracer) -> bool:
+    def value(self, node: fx.Node, convert: Callable) -> object:
         """Raises whatever the network or torch raises, also where `node` depends on the values of tensors."""
         self.is_evaluating = True
         try:
@@ -232,7 +290,7 @@ class _Shapes:
                     if n not in self.values:
                         self.values[n] = self._evaluate(n)
                     if n is node:
-                        return bool(self.values[n])
+                        return convert(self.values[n])
         finally:
             self.is_evaluating = False
         raise AssertionError("the node is not in the graph")
@@ -262,15 +320,13 @@ class _Shapes:
             value = node.args[0]
         else:
             raise ApotfxError(f"example_inputs: the model's input {node.target} is missing; pass an example for it")
-        return torch.utils._pytree.tree_map(self._empty, value)
+        return torch.utils._pytree.tree_map(self._empty_input, value)
+
+    def _empty_input(self, value: object) -> object:
+        return self._empty(value).to(self.device) if isinstance(value, Tensor) else value
 
     def _empty(self, value: object) -> object:
         return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-
-def has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]:
@@ -280,13 +336,9 @@ def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def attribute(model: nn.Module, path: str) -> object:
-    """The attribute of `model` that a get_attr node names."""
-    parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name)
-
-
-def _nodes_in_other_mode(model: nn.Module, concrete_args: dict | None, example_inputs: object) -> list[fx.Node]:
+def _nodes_in_other_mode(
+    model: nn.Module, concrete_args: dict | None, example_inputs: object, kept: Mapping[str, str]
+) -> list[fx.Node]:
     """The graph of `model` where every module that trains evaluates, and the other way round; [] if there is none."""
 
     def toggle() -> None:
@@ -295,11 +347,28 @@ def _nodes_in_other_mode(model: nn.Module, concrete_args: dict | None, example_i
 
     toggle()
     try:
-        return list(_Tracer(model, example_inputs).trace(model, concrete_args).nodes)
+        return list(_Tracer(model, example_inputs, kept).trace(model, concrete_args).nodes)
     except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
         return []
     finally:
         toggle()
+
+
+def _modules_with_two_paths(nodes: Iterable[fx.Node], others: Iterable[fx.Node]) -> set[str]:
+    """The modules whose own calls differ between two graphs of a model; "" for the model itself."""
+    calls = [defaultdict(list), defaultdict(list)]
+    for graph, by_module in zip((nodes, others), calls):
+        for node in graph:
+            callers = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            if node.op == "call_module":
+                callers = callers[:-1]  # the last one is what it calls
+            by_module[callers[-1] if callers else ""].append(_call(node))
+    return {path for path in calls[0].keys() | calls[1].keys() if calls[0][path] != calls[1][path]}
+
+
+def _call(node: fx.Node) -> tuple[str, object]:
+    """What a node calls. Constants, which are read as get_attr, get another name in every trace."""
+    return node.op, node.target if node.op != "get_attr" else ""
 
 
 def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx.Node]) -> None:
@@ -308,9 +377,7 @@ def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx
     Each becomes a `ByMode` that both `graph_module` and `model` hold.
     """
     nodes = list(graph_module.graph.nodes)
-    # Constants, which are read as get_attr, get another name in every trace.
-    path, other_path = ([(n.op, n.target if n.op != "get_attr" else "") for n in graph] for graph in (nodes, others))
-    if path != other_path:
+    if [*map(_call, nodes)] != [*map(_call, others)]:
         warnings.warn(
             f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the "
             f"graph keeps the path of {'training' if graph_module.training else 'evaluation'}",

@@ -21,8 +21,8 @@ from apotfx.integer.codes import pack_codes
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations, refuse, shapes
 from apotfx.levels import LevelSet
+from apotfx.modules import has_hooks
 from apotfx.operators import Convolution, accumulator_bits
-from apotfx.tracing import has_hooks
 
 RUNTIME = Path(__file__).with_name("c_runtime")
 NARROW, WIDE = 32, 64  # bits of accumulators

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from apotfx.analysis import batch_norm_after
 from apotfx.errors import ApotfxError
@@ -58,7 +58,8 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     path = Path(path)
     require_new(path)
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
-    if not layers or "plan" not in getattr(qmodel, "meta", {}):
+    # torch.fx drops what is in meta where a GraphModule is pickled.
+    if not layers or not (isinstance(qmodel, fx.GraphModule) or "plan" in getattr(qmodel, "meta", {})):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
     batch_norms = describe_batch_norms(qmodel)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.

@@ -22,9 +22,9 @@ from apotfx.integer.manifest import WEIGHTS, level_set_of
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.modularize import without_arguments
+from apotfx.modules import has_hooks
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
 from apotfx.rewrite import Prepared, absorb_rectifiers, make_reproducible, swap_layers
-from apotfx.tracing import has_hooks
 
 BACKENDS = ("reference", "onednn")
 

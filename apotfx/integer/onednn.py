@@ -20,8 +20,8 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
+from apotfx.modules import has_hooks
 from apotfx.operators import Convolution, TransposedConvolution, exact_dtype
-from apotfx.tracing import has_hooks
 
 NEED_CONTIGUOUS = ("view", "as_strided")  # methods that depend on how a tensor lies in memory
 SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them

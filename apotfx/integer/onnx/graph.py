@@ -15,7 +15,7 @@ from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations, refuse, shapes
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.tracing import has_hooks
+from apotfx.modules import has_hooks
 
 BATCH = "N"
 OPSET, OPSET_WRAP, OPSET_INT4 = 18, 19, 21
