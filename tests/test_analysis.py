@@ -545,7 +545,7 @@ def test_the_projections_of_attention_are_layers():
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
 def test_attention_that_cannot_be_split_is_listed(option):
     facts = planned_facts(nn.Sequential(nn.Linear(4, 4), Attending(**{option: True})))
-    assert list(facts) == ["0", "1.attention"]
+    assert list(facts) == ["0", "1.attention", "1.attention.out_proj"]
     assert facts["1.attention"].type == "MultiheadAttention" and facts["1.attention"].is_last
     assert facts["1.attention"].obstacle == "attention with add_bias_kv or add_zero_attn"
 

@@ -61,6 +61,7 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     # torch.fx drops what is in meta where a GraphModule is pickled.
     if not layers or not (isinstance(qmodel, fx.GraphModule) or "plan" in getattr(qmodel, "meta", {})):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
+    _require_unread(qmodel, layers)
     batch_norms = describe_batch_norms(qmodel)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     parameters = layer_parameters(qmodel, layers)
@@ -89,6 +90,20 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
         raise ApotfxError(f"export: {problem}")
     write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
     return path
+
+
+def _require_unread(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> None:
+    """Raises: ApotfxError: the network reads the values of a quantized layer's weight, of which an export has the levels."""
+    for node in graph_of(without_arguments(qmodel, functional_layers(layers))).nodes:
+        name, _, key = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+        if name in layers and key == "weight":
+            for user in node.users:
+                asks = user.target is getattr and user.args[1] in ("dtype", "device", "shape", "ndim")
+                if not asks and user.target not in ("size", "dim"):
+                    raise ApotfxError(
+                        f"export: {node.target} is also read by {user.name}, an export holds its levels only; leave layer "
+                        f"{name} in float (scheme: float)"
+                    )
 
 
 def _require_finite(

@@ -83,6 +83,8 @@ class IntegerLayer(nn.Module):
     @torch.no_grad()
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """`output_size`: of a transposed convolution, as torch takes it."""
+        if not input.is_floating_point():
+            raise ApotfxError(f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it")
         self.require_shape(input.shape)
         _, accumulators = self.codes_and_accumulators(input, output_size)
         return self.geometry.finish(accumulators.to(self.scale.dtype) * self.scale, self.bias, input)

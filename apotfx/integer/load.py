@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
@@ -25,6 +25,7 @@ from apotfx.modularize import without_arguments
 from apotfx.modules import has_hooks
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
 from apotfx.rewrite import Prepared, absorb_rectifiers, make_reproducible, swap_layers
+from apotfx.tracing import graph_of
 
 BACKENDS = ("reference", "onednn")
 
@@ -98,6 +99,7 @@ def assemble(
     graph = describe_graph(imodel)
     swap_layers(imodel, layers)
     imodel = without_arguments(imodel, functional_layers(matching))
+    _keep_types(imodel, layers)
     state = state_outside(imodel, layers)
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name in sorted(state.keys() | stored.keys()):
@@ -121,6 +123,18 @@ def assemble(
 
 def _shape_and_dtype(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _keep_types(imodel: nn.Module, layers: dict[str, IntegerLayer]) -> None:
+    """Let code that asks for the dtype, the device or the shape of a layer's weight see those of the float one."""
+    for node in graph_of(imodel).nodes:
+        name, _, key = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+        if name in layers and key == "weight":
+            layer = layers[name]
+            layer.register_buffer("weight_like", layer.scale.new_zeros(()).expand(layer.weight.shape), persistent=False)
+            node.target = f"{name}.weight_like"
+    if isinstance(imodel, fx.GraphModule):
+        imodel.recompile()
 
 
 def _freeze_batch_norms(imodel: nn.Module) -> None:
