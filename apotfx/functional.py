@@ -86,7 +86,8 @@ def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]`, which costs twice as much outside of torch.compile; `index` is dense, as it is new."""
     if torch.compiler.is_compiling():
-        return table[index]
+        # Of other formats torch.compile expects other strides than the look-up has.
+        return table[index if suggests_channels_last(index) else index.contiguous()]
     return table.index_select(0, flat(index)).as_strided(index.shape, index.stride())
 
 

@@ -73,6 +73,15 @@ class Prepared:
             return attribute(self.model, source.target) if source.op == "get_attr" else None
         return self.model.get_submodule(name)._parameters.get("weight")
 
+    def trains(self, name: str) -> bool:
+        """Whether something that the weight of a layer is computed from requires a gradient."""
+        if name not in self._arguments:
+            return self.model.get_submodule(name).weight.requires_grad
+        sources = [self._calls[name].args[1]]
+        for node in sources:
+            sources += node.all_input_nodes
+        return any(attribute(self.model, node.target).requires_grad for node in sources if node.op == "get_attr")
+
     @property
     def leaves(self) -> dict[str, str]:
         """What could not be traced, and why."""
@@ -175,7 +184,7 @@ def quantize(
 
     Returns:
         A GraphModule; if forward itself cannot be traced, a copy of `model` with other layers. Its `meta["plan"]` is the
-        resolved `Plan`.
+        resolved `Plan`; a pickled GraphModule loses it, a deep copy does not.
 
     Raises:
         ApotfxError: the model is quantized already, has nothing to quantize or no values (meta device); the policy has a
@@ -211,7 +220,7 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
             continue
         name = planned.facts.name
         weight, parameter = prepared.weight(name), prepared.shared_parameter(name)
-        trains = parameter is None or parameter.requires_grad
+        trains = prepared.trains(name)
         weight_quantizer = input_quantizer = None
         if planned.weight is not None:
             weight_quantizer = WeightQuantizer(

@@ -99,7 +99,7 @@ def _require_unread(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> None:
         if name in layers and key == "weight":
             for user in node.users:
                 asks = user.target is getattr and user.args[1] in ("dtype", "device", "shape", "ndim")
-                if not asks and user.target not in ("size", "dim"):
+                if not asks and user.target not in ("size", "dim", "numel", "is_floating_point"):
                     raise ApotfxError(
                         f"export: {node.target} is also read by {user.name}, an export holds its levels only; leave layer "
                         f"{name} in float (scheme: float)"

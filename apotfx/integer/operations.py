@@ -110,12 +110,10 @@ class _Shapes(fx.Interpreter):
 
 def refuse(operation: Operation, target: str) -> ApotfxError:
     """The error that says that `target` has no way to express an operation."""
-    node = operation.node
-    what = (
-        type(operation.module).__name__
-        if operation.module is not None
-        else getattr(node.target, "__name__", node.target)
-    )
+    node, module = operation.node, operation.module
+    what = getattr(node.target, "__name__", node.target) if module is None else type(module).__name__
+    if isinstance(module, IntegerLayer) and isinstance(module.geometry.operator, TransposedConvolution):
+        what = f"ConvTranspose{module.geometry.dims}d"
     return ApotfxError(f"{target}: the operation {node.name} ({what}) cannot be expressed; remove it from the network")
 
 
