@@ -184,7 +184,8 @@ def quantize(
 
     Returns:
         A GraphModule; if forward itself cannot be traced, a copy of `model` with other layers. Its `meta["plan"]` is the
-        resolved `Plan`; a pickled GraphModule loses it, a deep copy does not.
+        resolved `Plan`; a pickled GraphModule loses it and cannot be exported any more, a
+        deep copy keeps it.
 
     Raises:
         ApotfxError: the model is quantized already, has nothing to quantize or no values (meta device); the policy has a

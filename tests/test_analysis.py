@@ -361,7 +361,12 @@ MODULES = {
     "depthwise-transposed": (lambda: nn.ConvTranspose1d(4, 8, 3, groups=4), "ConvTranspose1d", (3,), True),
     "Linear": (lambda: nn.Linear(4, 8), "Linear", (), False),
     "functional-depthwise": (lambda: Functional(TF.conv1d, 4, 1, 3, groups=4), "Conv1d", (3,), True),
-    "functional-transposed": (lambda: Functional(TF.conv_transpose1d, 4, 1, 3, groups=4), "ConvTranspose1d", (3,), True),
+    "functional-transposed": (
+        lambda: Functional(TF.conv_transpose1d, 4, 1, 3, groups=4),
+        "ConvTranspose1d",
+        (3,),
+        True,
+    ),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), "Conv2d", (3, 3), False),
     "subclass": (lambda: MyLinear(4, 8), "Linear", (), False),
 }

@@ -240,6 +240,25 @@ def test_the_program_computes_the_network(model_type, rule, flags, tmp_path):
     check_equal(program, network, images(), inputs, tmp_path, count=3)
 
 
+class Functional(nn.Module):
+    """A functional call with a computed weight behind a parametrized layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4, 3, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(torch.relu(self.first(x)), weight, self.bias, padding=1).flatten(1)
+
+
+@needs_compiler
+def test_functional_and_parametrized_layers(tmp_path):
+    network, inputs = small_network(Functional, tmp_path)
+    check_equal(compiled(write(network, tmp_path / "c"), *STRICT), network, images(), inputs, tmp_path, count=3)
+
+
 @needs_compiler
 def test_an_absorbed_relu6_clamps(tmp_path):
     network, inputs = small_network(Residual, tmp_path)

@@ -37,3 +37,45 @@ def test_other_settings_of_a_module_are_refused(tmp_path):
         ApotfxError, match=r"_1 \(MaxPool2d\) where the model has _1 \(MaxPool2d\), or with other settings"
     ):
         load_integer(tmp_path / "out", net(3))
+
+
+class Leaf(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.layer = inner, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.inner(x)) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m, nn.Linear(4, 2))], ids=["whole", "inside"])
+def test_what_is_inside_a_module_that_was_kept_whole_is_compared(wrap, tmp_path):
+    qmodel = calibrate(quantize(wrap(Leaf(nn.ReLU())), BitPolicy.default(4)), [torch.randn(3, 4)])
+    path = export_integer(qmodel, tmp_path / "out")
+    load_integer(path, wrap(Leaf(nn.ReLU())))
+    with pytest.raises(ApotfxError, match="pass the float model that was exported"):
+        load_integer(path, wrap(Leaf(nn.GELU())))
+
+
+class Call(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.first, self.weight, self.compute = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), compute
+
+    def forward(self, x):
+        return self.compute(self.first(x), self.weight)
+
+
+CALLS = {
+    "linear": lambda x, w: torch.nn.functional.linear(x, w), "convolution": lambda x, w: torch.conv1d(x[:, :, None], w[:, :, None]),
+    "batches": lambda x, w: x[:, None] @ w[None], "activation": lambda x, w: torch.nn.functional.linear(torch.relu(x), w),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear"])
+def test_another_functional_call_is_refused(name, tmp_path):
+    qmodel = calibrate(quantize(Call(CALLS["linear"]), BitPolicy.default(4)), [torch.randn(3, 4)])
+    path = export_integer(qmodel, tmp_path / "out")
+    load_integer(path, Call(CALLS["linear"]))
+    with pytest.raises(ApotfxError, match="pass the float model that was exported"):
+        load_integer(path, Call(CALLS[name]))

@@ -8,7 +8,22 @@ from torch import nn
 from apotfx import ApotfxError, LevelSet
 from apotfx import functional as F
 from apotfx.clips import fit_clip
-from apotfx.layers import QUANT_LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from apotfx.layers import (
+    QUANT_LAYERS,
+    FunctionalLayer,
+    Geometry,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantFunctional,
+    QuantLayer,
+    QuantLinear,
+    float_type_of,
+    kind_of,
+)
 from apotfx.quantizers import InputQuantizer, WeightQuantizer
 
 LEVELS_X, LEVELS_W = LevelSet("apot", 4, False), LevelSet("apot", 4)
@@ -34,10 +49,11 @@ GEOMETRIES = {
 def quantized(layer, levels_w=LEVELS_W, levels_x=LEVELS_X, *, per_channel=False, normalization="rescale", factor=1.0):
     weights = inputs = None
     if levels_w is not None:
-        weights = WeightQuantizer(levels_w, layer.weight, per_channel=per_channel, normalization=normalization)
+        weight = Geometry.of(layer).operator.from_parameter(layer.weight)
+        weights = WeightQuantizer(levels_w, weight, per_channel=per_channel, normalization=normalization)
     if levels_x is not None:
         inputs = InputQuantizer(levels_x)
-    return QUANT_LAYERS[type(layer)].from_float(layer, weights, inputs, factor)
+    return QUANT_LAYERS[float_type_of(layer)].from_float(layer, weights, inputs, factor)
 
 
 def fitted(layer, x):
@@ -187,8 +203,9 @@ def test_operands_without_quantizer_stay_float(levels_w, levels_x):
 
 @pytest.mark.parametrize("layer, expected", [
     (nn.Conv1d(1, 1, 1), QuantConv1d), (nn.Conv2d(1, 1, 1), QuantConv2d), (nn.Conv3d(1, 1, 1), QuantConv3d),
-    (nn.Linear(1, 1), QuantLinear),
-], ids=["conv1d", "conv2d", "conv3d", "linear"])  # fmt: skip
+    (nn.ConvTranspose1d(1, 1, 1), QuantConvTranspose1d), (nn.ConvTranspose2d(1, 1, 1), QuantConvTranspose2d),
+    (nn.ConvTranspose3d(1, 1, 1), QuantConvTranspose3d), (nn.Linear(1, 1), QuantLinear),
+], ids=["conv1d", "conv2d", "conv3d", "transposed1d", "transposed2d", "transposed3d", "linear"])  # fmt: skip
 def test_every_type_has_its_quantized_type(layer, expected):
     quant = quantized(layer)
     assert type(quant) is expected and isinstance(quant, QuantLayer) and isinstance(quant, type(layer))
@@ -382,3 +399,79 @@ def test_encode_of_a_layer_is_the_one_of_functional():
     quant = fitted(quantized(nn.Linear(5, 4)), x)
     expected = F.encode(x, quant.input_quantizer.clip.detach(), encoding(LEVELS_X))
     assert torch.equal(quant.input_quantizer.encode(x), expected)
+
+
+# What a layer computes, by its type.
+
+
+class Plain(nn.Conv2d):
+    pass
+
+
+class OtherConvolution(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias) + 1
+
+
+@pytest.mark.parametrize("layer, float_type, kind", [
+    (nn.Conv3d(1, 1, 1), nn.Conv3d, "Conv3d"), (nn.ConvTranspose1d(1, 1, 1), nn.ConvTranspose1d, "ConvTranspose1d"),
+    (Plain(1, 1, 1), nn.Conv2d, "Conv2d"),
+    (nn.modules.linear.NonDynamicallyQuantizableLinear(1, 1), nn.Linear, "Linear"),
+    (nn.utils.parametrizations.weight_norm(Plain(1, 1, 1)), nn.Conv2d, "Conv2d"),
+    (FunctionalLayer("conv_transpose2d", torch.Size([1, 1, 1, 1])), FunctionalLayer, "ConvTranspose2d"),
+    (FunctionalLayer("linear", torch.Size([1, 1])), FunctionalLayer, "Linear"),
+    (Shifted(1, 1), None, None), (OtherConvolution(1, 1, 1), None, None), (nn.ReLU(), None, None),
+    (nn.Bilinear(1, 1, 1), None, None), (quantized(nn.Linear(1, 1)), None, None),
+], ids=["conv3d", "transposed", "subclass", "attention", "parametrized", "conv_transpose2d", "F.linear",
+        "own-forward", "own-convolution", "relu", "bilinear", "quantized"])  # fmt: skip
+def test_the_type_that_a_layer_computes_as(layer, float_type, kind):
+    assert float_type_of(layer) is float_type
+    assert float_type is None or kind_of(layer) == kind
+
+
+FUNCTIONS = {
+    "linear": (nn.Linear(4, 6), {}), "conv1d": (nn.Conv1d(4, 6, 3, padding="same", dilation=2), {}),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), groups=2, stride=2, padding=1), {}),
+    "conv3d": (nn.Conv3d(4, 6, 2, padding="valid"), {}),
+    "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), {"output_padding": 1}),
+    "conv_transpose2d": (nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2, padding=1), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_functional_layer_is_the_module_with_its_weight_as_an_argument(function):
+    module, settings = FUNCTIONS[function]
+    for key in ("stride", "padding", "dilation", "groups"):
+        if function != "linear" and getattr(module, key) != 1:
+            settings[key] = getattr(module, key)
+    layer = FunctionalLayer(function, module.weight.shape, **settings)
+    x = random(2, 4, *[7] * (int(function[-2]) if function != "linear" else 0))
+    if function == "linear":
+        x = random(3, 4)
+    assert torch.equal(layer(x, module.weight, module.bias), module(x))
+    quant = fitted(quantized(module), x).eval()
+    functional = QuantFunctional.from_float(layer, quant.weight_quantizer, quant.input_quantizer).eval()
+    assert torch.equal(functional(x, module.weight, module.bias), quant(x))
+    for got, expected in zip(functional.codes_and_accumulators(x, module.weight), quant.codes_and_accumulators(x)):
+        assert torch.equal(got, expected)
+    assert torch.equal(functional.integer_weight(module.weight)[0], quant.integer_weight()[0])
+
+
+def test_an_input_of_integers_is_refused_by_name():
+    quant = quantized(nn.Linear(5, 4))
+    quant.name = "head"
+    with pytest.raises(
+        ApotfxError, match="layer head: its input is torch.int64, expected a floating-point type; convert"
+    ):
+        quant(torch.ones(3, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_a_first_batch_that_is_not_finite_names_the_layer(which):
+    quant, x = quantized(nn.Linear(5, 4)), random(3, 5)
+    quant.name = "head"
+    with torch.no_grad():
+        (x if which == "input" else quant.weight)[0, 0] = torch.nan
+    with pytest.raises(ApotfxError, match=f"first training batch: the {which} of layer head is not finite; check the"):
+        quant(x)
+    quant.eval()(random(3, 5))  # in evaluation nothing is fitted

@@ -2,6 +2,8 @@ import re
 
 import pytest
 import torch
+from cycle_helpers import CHANNEL, cycle, loaded
+from cycle_helpers import trained as trained_on
 from helpers import INPUT_SHAPES, MIXED, Net, check_equal, data, edit_manifest, export_and_compare, policy, trained
 from torch import nn
 
@@ -204,3 +206,48 @@ def test_another_activation_function_than_the_models_is_refused(rectifier, expor
     expected = rf"the input of layer pointwise is clamped to {re.escape(str(rectifier))}, in the model to "
     with pytest.raises(ApotfxError, match=expected):
         load_integer(export, exported[1])
+
+
+# Every kind of layer, from its first training step to the integers.
+
+KINDS = {"conv1d": (nn.Conv1d, (3, 4, 9)), "conv2d": (nn.Conv2d, (2, 4, 7, 8)), "conv3d": (nn.Conv3d, (2, 4, 5, 6, 5))}
+GEOMETRIES = {
+    "plain": {}, "strided": {"stride": 2, "padding": 1}, "grouped": {"groups": 2}, "depthwise": {"groups": 4},
+    "dilated": {"dilation": 2, "padding": 1}, "same": {"padding": "same", "dilation": 2}, "no-bias": {"bias": False},
+    "circular": {"padding": 1, "padding_mode": "circular"}, "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "replicate": {"padding": "same", "padding_mode": "replicate"},
+}  # fmt: skip
+
+
+def two_layers(kind, geometry):
+    make, shape = KINDS[kind]
+    return nn.Sequential(make(4, 8, 3, **geometry), nn.ReLU(), make(8, 2, 1)), torch.randn(shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_every_geometry_the_whole_way(kind, geometry, tmp_path):
+    torch.manual_seed(0)
+    model, x = two_layers(kind, geometry)
+    qmodel, names = cycle(model, x, tmp_path, CHANNEL)
+    assert names == ["0", "2"]
+    loaded(qmodel, model, x[0], tmp_path / "unbatched")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_onednn_backend_is_equal_or_the_reference(kind, tmp_path):
+    torch.manual_seed(0)
+    model, x = two_layers(kind, {"padding": 1})
+    qmodel = trained_on(model, x)
+    for i, inputs in enumerate((x, x[0])):
+        loaded(qmodel, model, inputs, tmp_path / str(i), "onednn")
+
+
+def test_a_subclass_loads_as_its_base(tmp_path):
+    class Plain(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    qmodel = trained_on(nn.Sequential(Plain(4, 4), nn.ReLU(), Plain(4, 2)), torch.randn(3, 4))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    loaded(qmodel, plain, torch.randn(3, 4), tmp_path)

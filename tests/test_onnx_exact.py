@@ -152,3 +152,22 @@ def test_mnist_images(mnist_root, tmp_path):
         Rule(name="layer3.*", scheme="pot", weight_bits=4, activation_bits=3), Rule(scheme="apot", weight_bits=5),
     ))  # fmt: skip
     check_exact(tmp_path, model, x.reshape(-1, 1, 28, 28), rules)
+
+
+class Functional(nn.Module):
+    """A functional call with a computed weight, and a parametrized layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4, 3, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(torch.relu(self.first(x)), weight, self.bias, padding="same")
+
+
+@pytest.mark.parametrize("rules", [at(4), at(8, scheme="uniform", granularity="channel")], ids=["apot4", "uniform8"])
+def test_functional_and_parametrized_layers(tmp_path, rules):
+    torch.manual_seed(0)
+    check_exact(tmp_path, Functional(), batch(3, 2, 7, 6), rules)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from apotfx import ApotfxError, BitPolicy, calibrate, export_integer, load_integer, quantize
+from apotfx import ApotfxError, BitPolicy, Rule, calibrate, export_integer, load_integer, quantize
 from apotfx.integer.operations import operations, refuse, shapes
 
 
@@ -103,3 +103,43 @@ def test_networks_without_integer_layers_are_refused(network):
 def test_shapes_that_no_image_has_are_refused(shape, tmp_path):
     with pytest.raises(ApotfxError, match="input_shape .*: expected sizes of at least 1"):
         shapes(loaded(lambda x, _: x, tmp_path), shape)
+
+
+def test_a_transposed_convolution_is_no_layer_of_the_translations(tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3)), torch.randn(2, 2, 6, 6)
+    for policy, kinds in ((BitPolicy.default(4), ["layer", "other"]),
+                          (BitPolicy((Rule(name="0"),)), ["layer", "other"])):  # fmt: skip
+        qmodel = calibrate(quantize(model, policy), [x]).eval()
+        network = load_integer(export_integer(qmodel, tmp_path / str(len(policy.rules))), model)
+        found = operations(network)
+        assert [o.kind for o in found] == ["input", *kinds, "output"]
+        assert "the operation _1" in str(refuse(found[2], "C"))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = nn.Conv2d(2, 4, 3), nn.Parameter(torch.randn(4, 4, 1, 1))
+
+    def forward(self, x):
+        return functional.conv2d(torch.relu(self.first(x)), self.weight - self.weight.mean())
+
+
+def test_a_functional_layer_on_integers_is_a_layer_and_a_float_one_is_other(tmp_path):
+    model, x = Functional(), torch.randn(2, 2, 6, 6)
+    for i, (policy, last) in enumerate(((BitPolicy.default(4), "layer"), (BitPolicy((Rule(name="first"),)), "other"))):
+        qmodel = calibrate(quantize(model, policy), [x]).eval()
+        found = operations(load_integer(export_integer(qmodel, tmp_path / str(i)), model))
+        kinds = [o.kind for o in found if o.inputs or o.kind == "input"]
+        assert kinds[:2] == ["input", "layer"] and kinds[-2:] == [last, "output"]
+
+
+def test_a_network_without_a_graph_is_refused(tmp_path):
+    class Branching(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() < 1e9 else x
+
+    model, x = Branching(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    qmodel = calibrate(quantize(model, BitPolicy.default(4)), [x]).eval()
+    with pytest.raises(ApotfxError, match="network: expected .* got a Branching without a graph of integer layers"):
+        operations(load_integer(export_integer(qmodel, tmp_path / "export"), model))
