@@ -26,7 +26,8 @@ def test_qdq_is_close(tmp_path, name, bits):
             codes = [node.codes for node in comparison.nodes.values()]
             assert sum(tally.differing for tally in codes) <= 0.02 * sum(tally.compared for tally in codes)
     spread = (network(x) - network(x).mean(0)).abs().mean()
-    assert compare_onnx(network, path, [x]).logits.largest < spread
+    # Without VNNI onnxruntime adds pairs of 8-bit products in 16 bits, which saturate.
+    assert bits == 8 and not torch.cpu._is_vnni_supported() or compare_onnx(network, path, [x]).logits.largest < spread
     producers = {node.name: node for node in file.graph.node}
     for node in file.graph.node:
         if node.op_type in ("Conv", "MatMul"):
