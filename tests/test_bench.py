@@ -348,7 +348,7 @@ def test_a_mistake_is_told_in_one_line(flags, message, capsys, monkeypatch, tmp_
 def test_without_a_command_the_error_names_it(capsys):
     assert bench.main([]) == 2
     assert capsys.readouterr().err.startswith(
-        "bench.py: error: the following arguments are required: {train,inference}"
+        "bench.py: error: the following arguments are required: {train,inference,quantize}"
     )
 
 
