@@ -175,7 +175,8 @@ def _facts(
 ) -> LayerFacts:
     module = modules.get(name) if nodes[0].op == "call_module" else None
     inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
-    signed = [x for x in inputs if not non_negative[x]]
+    hooked = module is not None and has_hooks(module)
+    signed = [x for x in inputs if hooked or not non_negative[x]]
     obstacle = _obstacle(module, nodes[0])
     if obstacle and name in leaves:
         obstacle += f", and cannot be traced ({leaves[name]})"
@@ -188,7 +189,11 @@ def _facts(
         feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
         obstacle=obstacle,
         **_shape_facts(module),
-        sign_reason=_sign_reason((signed or inputs)[0], modules, bool(signed)) if inputs else "",
+        sign_reason="a hook may change it"
+        if hooked
+        else _sign_reason((signed or inputs)[0], modules, bool(signed))
+        if inputs
+        else "",
         position_reason=position_reason,
     )
 
@@ -399,6 +404,8 @@ def _works_in_place(node: fx.Node) -> bool:
 def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[fx.Node, bool]) -> bool:
     if node.op == "call_module":
         module = modules[node.target]
+        if has_hooks(module) or "forward" in vars(module):
+            return False
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return module.min_val >= 0
         if isinstance(module, NON_NEGATIVE_MODULES):

@@ -224,6 +224,8 @@ def _mean_outputs(model: nn.Module, layers: dict[str, QuantLayer], batches: Iter
             stack.callback(layer.register_forward_hook(functools.partial(add, name)).remove)
         _run(model, batches)
     for name, total in sums.items():
+        if not counts[name]:
+            raise ApotfxError(f"layer {name}: its output is empty; pass at least one image")
         if not total.isfinite().all():
             raise ApotfxError(f"layer {name}: its output is not finite; check the batches and weights")
     return {name: total / counts[name] for name, total in sums.items()}

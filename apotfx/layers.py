@@ -333,6 +333,8 @@ QUANT_LAYERS = {
 
 def float_type_of(layer: nn.Module) -> type[nn.Module] | None:
     """The key of QUANT_LAYERS that computes what `layer` computes: its type, or one it derives from unchanged."""
+    if "forward" in vars(layer):  # replaced on the instance
+        return None
     for float_type in QUANT_LAYERS:
         if isinstance(layer, float_type):
             same = (

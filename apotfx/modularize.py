@@ -177,5 +177,5 @@ def without_arguments(model: nn.Module, names: Collection[str]) -> nn.Module:
     smaller = fx.GraphModule(model, graph, type(model).__name__)
     smaller.meta = model.meta
     for name, module in smaller.named_modules():
-        module.training = modules[name].training  # torch.fx makes containers anew
+        module.training = modules.get(name, module).training  # torch.fx makes containers anew
     return smaller

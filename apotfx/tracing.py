@@ -79,7 +79,12 @@ def trace(
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             vars(model)["meta"] = {"leaves": {"": explain(error)}}
             return model
-        others = _nodes_in_other_mode(model, concrete_args, example_inputs, kept)
+        others, other_leaves = _trace_in_other_mode(model, concrete_args, example_inputs, kept)
+        in_one_mode = {name: why for name, why in (tracer.leaves | other_leaves).items() if name not in kept}
+        in_one_mode = {k: v for k, v in in_one_mode.items() if (k in tracer.leaves) != (k in other_leaves)}
+        if others and in_one_mode:  # leaves in one mode are leaves in both
+            kept |= in_one_mode
+            continue
         differing = _modules_with_two_paths(graph.nodes, others)
         if not differing or "" in differing:
             break
@@ -266,6 +271,9 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
     for key in changed:
         buffer, value = before[key]
         module._buffers[key] = buffer.copy_(value)
+    # Batch norms count their batches, which matters to no result if they have a momentum.
+    counts = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None
+    changed = [key for key in changed if not (counts and key == "num_batches_tracked")]
     if changed:
         raise _ChangesBuffer(f"its forward changes its buffer {changed[0]}, which tracing would do once and for all")
 
@@ -336,10 +344,13 @@ def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def _nodes_in_other_mode(
+def _trace_in_other_mode(
     model: nn.Module, concrete_args: dict | None, example_inputs: object, kept: Mapping[str, str]
-) -> list[fx.Node]:
-    """The graph of `model` where every module that trains evaluates, and the other way round; [] if there is none."""
+) -> tuple[list[fx.Node], dict[str, str]]:
+    """(the nodes, the leaves) of `model` where every module that trains evaluates, and the other way round.
+
+    Both are empty if it cannot be traced so.
+    """
 
     def toggle() -> None:
         for module in model.modules():
@@ -347,9 +358,10 @@ def _nodes_in_other_mode(
 
     toggle()
     try:
-        return list(_Tracer(model, example_inputs, kept).trace(model, concrete_args).nodes)
+        tracer = _Tracer(model, example_inputs, kept)
+        return list(tracer.trace(model, concrete_args).nodes), tracer.leaves
     except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
-        return []
+        return [], {}
     finally:
         toggle()
 

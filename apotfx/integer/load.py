@@ -79,6 +79,9 @@ def assemble(
 ) -> nn.Module:
     """The reference network of an export that was read; see `load_integer`. `path` is for messages."""
     prepared = Prepared(float_model, concrete_args, example_inputs)
+    for name, parameter in prepared.model.named_parameters():
+        if parameter.is_meta:
+            raise ApotfxError(f"export {path}: {name} of the model is on the meta device; pass a model with values")
     imodel = prepared.model
     matching = {entry["name"]: _matching_layer(prepared, entry, path) for entry in manifest["layers"]}
     prepared.keep_attention(matching.keys())
