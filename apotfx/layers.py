@@ -333,7 +333,7 @@ QUANT_LAYERS = {
 
 def float_type_of(layer: nn.Module) -> type[nn.Module] | None:
     """The key of QUANT_LAYERS that computes what `layer` computes: its type, or one it derives from unchanged."""
-    if "forward" in vars(layer):  # replaced on the instance
+    if "forward" in getattr(layer, "__dict__", ()):  # replaced on the instance; None is no layer
         return None
     for float_type in QUANT_LAYERS:
         if isinstance(layer, float_type):
