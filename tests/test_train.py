@@ -332,7 +332,7 @@ class Bomb:
         ("--data corrupt --dataset mnist", "corrupt/MNIST/raw: the training split of mnist is damaged"),
         ("--batch-size 5000", "--batch-size 5000: expected 1 to"),
         ("--name taken", "--name taken: runs/taken exists"),
-        ("--name ../elsewhere", "--name '../elsewhere': expected the name of one directory in runs"),
+        ("--name ../elsewhere", "--name '../elsewhere': expected the name of a directory in runs"),
         ("--print-freq 0", "--print-freq 0: expected at least 1"),
         ("-j -1", "--workers -1: expected at least 0"),
         ("--seed -1", "--seed -1: expected 0 to"),

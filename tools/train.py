@@ -73,6 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--ema", type=float, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})"
     )
     how.add_argument("--augment", help=f"{', '.join(AUGMENTATIONS)} (default {d['augment']})")
+    how.add_argument(
+        "--select", help=f"epoch to test and export: best on validation images, or last (default {d['select']})"
+    )
     how.add_argument("--label-smoothing", type=float, help=f"(default {d['label_smoothing']})")
     how.add_argument("--clip-init", help=f"{', '.join(CLIP_INITS)} (default {d['clip_init']})")
     how.add_argument(

@@ -282,7 +282,8 @@ class Trainer:
             val_acc = evaluate(
                 self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes
             )
-        if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
+        # Of equals the later one, which has trained longer.
+        if self.config.select == "last" or val_acc >= self.best["val_acc"]:
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
             if self.processes.is_main:
                 best = self._identity() | {"model": self.evaluated.state_dict()} | self.best

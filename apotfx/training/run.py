@@ -34,12 +34,15 @@ RUNS = Path("runs")
 def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
     """A new directory `runs/<name>`; without a name one is made up from the configuration and numbered.
 
+    Args:
+        name: of the directory, which may lie in folders of `runs`: "table/first".
+
     Raises:
         ApotfxError: the name exists.
     """
     if name is not None:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise ApotfxError(f"--name {name!r}: expected the name of one directory in {RUNS}, without a path")
+        if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ApotfxError(f"--name {name!r}: expected the name of a directory in {RUNS}, such as 'a' or 'a/b'")
         path = RUNS / name
         try:
             path.mkdir(parents=True)
