@@ -5,9 +5,9 @@ import torch
 import torchvision.transforms.functional as TF
 
 from apotfx.errors import ApotfxError
-from apotfx.training.augment import Augment, affine_matrix, augment_batch, warp
+from apotfx.training.augment import ELASTIC_POINTS, Augment, affine_matrix, augment_batch, erase, warp
 
-EVERYTHING = Augment(degrees=30.0, translate=0.2, scale=(0.7, 1.3), shear=15.0, flip=True)
+EVERYTHING = Augment(degrees=30.0, translate=0.2, scale=(0.7, 1.3), shear=15.0, flip=True, elastic=0.05, erase=0.5)
 
 
 def generator(seed=0):
@@ -82,7 +82,7 @@ def test_equals_torchvision(size, angle, right, down, scale, shear):
 
 def test_published_mirrors_about_half_of_the_images():
     batch = images(count=1000, channels=1, size=6)
-    flipped = augment_batch(batch, Augment.published(), generator())
+    flipped = augment_batch(batch, Augment.named("flip", "mnist"), generator())
     is_kept = (flipped - batch).abs().amax(dim=(1, 2, 3)) < 1e-5
     is_mirrored = (flipped - batch.flip(3)).abs().amax(dim=(1, 2, 3)) < 1e-5
     assert (is_kept ^ is_mirrored).all()
@@ -104,6 +104,52 @@ def test_translation_fills_its_range(augment, bound):
     shift = (moved * (torch.arange(21.0) - 10)).sum(dim=(1, 2)) / 21
     assert bound * 0.99 < shift.max() <= bound + 1e-5 and -bound - 1e-5 <= shift.min() < -bound * 0.99
     assert shift.mean().abs() < 4 * bound / math.sqrt(3 * 4000)
+
+
+def test_elastic_points_that_move_alike_translate():
+    points = torch.tensor([3 / 12, -2 / 12])[None, :, None, None].expand(8, 2, ELASTIC_POINTS, ELASTIC_POINTS)
+    expected = warp(images(), matrix(right=-3 / 12, down=2 / 12))
+    assert_close(warp(images(), matrix(), points), expected)
+
+
+def test_elastic_points_move_their_surroundings():
+    size = 3 * 7 + 1
+    batch = images(size=size)
+    points = torch.zeros(8, 2, ELASTIC_POINTS, ELASTIC_POINTS)
+    points[:, 0, 1, 2] = 2 / size
+    moved = warp(batch, matrix(), points)
+    assert_close(moved[:, :, 7, 14], batch[:, :, 7, 16])
+    for row, column in [(7, 7), (0, 14), (21, 14), (7, 21), (14, 14)]:  # the points around it
+        assert_close(moved[:, :, row, column], batch[:, :, row, column])
+    between = (moved - batch)[:, :, 6:9, 12:17].abs()
+    assert (between.amax(dim=(0, 1)) > 1e-3).all()
+
+
+def test_elastic_displacements_have_the_given_standard_deviation():
+    # A ramp shows how far each of its pixels was moved; those beside the border see zeros from outside.
+    size = 3 * 10 + 1
+    ramp = torch.arange(float(size)).expand(2000, 1, size, size)
+    moved = augment_batch(ramp, Augment(elastic=0.02), generator())
+    shift = (moved - ramp)[:, 0, 10, 10] / size
+    assert abs(shift.std().item() / 0.02 - 1) < 4 / math.sqrt(2 * 2000)
+    assert shift.mean().abs() < 4 * 0.02 / math.sqrt(2000)
+
+
+def test_erase_blacks_out_its_rectangle():
+    batch = torch.ones(2, 3, 10, 8)
+    erased = erase(batch, torch.tensor([[0.5, 0.3], [0.0, 1.0]]), torch.tensor([[0.5, 0.4], [1.0, 1.0]]), 1.0)
+    expected = torch.ones(2, 3, 10, 8)
+    expected[0, :, 1:5, 2:6] = 0
+    expected[1, :, 5:, :4] = 0
+    assert torch.equal(erased, expected) and torch.equal(batch, torch.ones(2, 3, 10, 8))
+
+
+def test_erased_shares_fill_their_range():
+    kept = augment_batch(torch.ones(2000, 1, 20, 20), Augment(erase=0.5), generator())[:, 0]
+    black = kept < 0.5
+    sides = torch.stack([black.any(1).sum(1), black.any(2).sum(1)]) / 20
+    assert sides.max() <= 0.5 and sides.max() > 0.45 and (sides.amin(0) == 0).any()
+    assert (kept.flatten(1).min(1).values[sides.amin(0) > 0] == 0).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -134,12 +180,20 @@ def test_images_get_transforms_of_their_own_and_stay_in_range():
 
 @pytest.mark.parametrize("dataset", ["mnist", "digits"])
 def test_digits_are_not_mirrored_by_default(dataset):
-    assert Augment.default_for(dataset) == Augment(degrees=10, translate=0.1, scale=(0.9, 1.1), shear=5)
+    assert Augment.named("default", dataset) == Augment(degrees=10, translate=0.1, scale=(0.9, 1.1), shear=5)
 
 
 @pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar10", "folder"])
 def test_other_images_are_mirrored_by_default(dataset):
-    assert Augment.default_for(dataset) == Augment(translate=0.125, scale=(0.9, 1.1), flip=True)
+    assert Augment.named("default", dataset) == Augment(translate=0.125, scale=(0.9, 1.1), flip=True)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "digits", "cifar10"])
+def test_strong_widens_the_default(dataset):
+    default, strong = (Augment.named(name, dataset) for name in ("default", "strong"))
+    assert strong.scale[0] < default.scale[0] and strong.scale[1] > default.scale[1]
+    assert strong.flip == default.flip
+    assert (strong.elastic > 0) == (dataset != "cifar10") and (strong.erase > 0) == (dataset == "cifar10")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +207,9 @@ def test_other_images_are_mirrored_by_default(dataset):
         ("scale", (1.1, 0.9)),
         ("scale", (0.0, 1.0)),
         ("shear", 90),
+        ("elastic", -0.1),
+        ("elastic", 1.0),
+        ("erase", 1.1),
     ],
 )
 def test_ranges_are_checked(field, value):

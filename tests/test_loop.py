@@ -25,8 +25,8 @@ def dataset(n=40):
     return Dataset("mnist", split, split, split, 3, (0.1,), (0.3,))
 
 
-def network(bits=4):
-    torch.manual_seed(1)
+def network(bits=4, seed=1):
+    torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
         nn.Dropout(0.1), nn.Linear(216, 3),
@@ -35,8 +35,8 @@ def network(bits=4):
     return apotfx.calibrate(qmodel, [torch.rand(8, 1, 10, 10)]) if bits < 32 else qmodel
 
 
-def trainer(config=CONFIG, model=None, teacher=None):
-    return Trainer(config, model or network(), dataset(), 10, teacher, CPU, Processes("cpu"))
+def trainer(config=CONFIG, model=None, teachers=()):
+    return Trainer(config, model or network(), dataset(), 10, teachers, CPU, Processes("cpu"))
 
 
 def fit(t, path):
@@ -107,11 +107,13 @@ def test_evaluate_counts_every_image_and_keeps_the_mode():
     assert model.training
 
 
-def test_distillation_loss_against_its_formula():
-    t = trainer(replace(CONFIG, teacher_weight=0.25, temperature=2.0, label_smoothing=0.1), teacher=network(32).eval())
+@pytest.mark.parametrize("num_teachers", [1, 3])
+def test_distillation_loss_against_its_formula(num_teachers):
+    teachers = [network(32, seed).eval() for seed in range(num_teachers)]
+    t = trainer(replace(CONFIG, teacher_weight=0.25, temperature=2.0, label_smoothing=0.1), teachers=teachers)
     images, labels = torch.rand(8, 1, 10, 10), torch.arange(8) % 3
     logits = torch.randn(8, 3)
-    p = torch.softmax(t.teacher(images).detach() / 2, 1)
+    p = sum(torch.softmax(teacher(images).detach() / 2, 1) for teacher in teachers) / num_teachers
     kl = (p * (p.log() - torch.log_softmax(logits / 2, 1))).sum(1).mean() * 4
     cross_entropy = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     assert t._loss(logits, images, labels).item() == pytest.approx((0.75 * cross_entropy + 0.25 * kl).item(), rel=1e-5)

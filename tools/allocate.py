@@ -75,7 +75,7 @@ def measured_layers(args: argparse.Namespace, schemes: list[str], bits: list[int
     model, image_size = build_float(config, dataset)
     load_state(model, checkpoint)
     batches = TrainBatches(
-        dataset.train, batch_size=args.batch_size, seed=args.seed, augment=Augment.default_for(dataset.name),
+        dataset.train, batch_size=args.batch_size, seed=args.seed, augment=Augment.named("default", dataset.name),
         mean=dataset.mean, std=dataset.std, image_size=image_size, device=device,
     )  # fmt: skip
     loss = functools.partial(torch.nn.functional.cross_entropy, reduction="none")

@@ -23,7 +23,7 @@ from apotfx.training.build import (
     Network,
     build_float,
     build_network,
-    build_teacher,
+    build_teachers,
     is_quantized,
     restore_network,
     with_published_policy,
@@ -82,7 +82,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--clip-lr", type=float, metavar="FACTOR", help=f"of the clips' learning rate (default {d['clip_lr']})"
     )
     how.add_argument("--pretrained", metavar="CKPT", help="start from these weights: float, other bits, or published")
-    how.add_argument("--teacher", metavar="CKPT", help="distil from this float network")
+    how.add_argument(
+        "--teacher",
+        metavar="CKPT",
+        action="append",
+        help="distil from this float network; several times: from all of them together",
+    )
     how.add_argument(
         "--teacher-weight", type=float, help=f"share of distillation in the loss (default {d['teacher_weight']})"
     )
@@ -115,6 +120,8 @@ def explicit_settings(args: argparse.Namespace) -> dict:
             raise ApotfxError(
                 f"--power {args.power} means --scheme {scheme}, got --scheme {given['scheme']}; give one of them"
             )
+    if "teacher" in given:
+        given["teacher"] = tuple(given["teacher"])
     if "policy" in given:
         ignored = [f"--{key}" for key in ("bit", "scheme", "power") if key in args]
         if ignored:
@@ -261,8 +268,8 @@ def train(job: Job) -> None:
     else:
         network = build_network(config, dataset, device, job.pretrained)
     print_engine(job, network)
-    teacher = build_teacher(config, dataset, device, network.image_size)
-    trainer = Trainer(config, network.qmodel, dataset, network.image_size, teacher, device, processes)
+    teachers = build_teachers(config, dataset, device, network.image_size)
+    trainer = Trainer(config, network.qmodel, dataset, network.image_size, teachers, device, processes)
     if resume is not None:
         trainer.load_state_dict(resume.resume)
         run_dir = resume.path.parent

@@ -1,5 +1,6 @@
-"""Random affine transforms and flips of whole image batches."""
+"""Random affine and elastic transforms, flips and erasing of whole image batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apotfx.errors import ApotfxError
+
+ELASTIC_POINTS = 4  # along each axis
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,11 @@ class Augment:
         scale: Range (low, high) of the magnification, 0 < low <= high.
         shear: Horizontal shear within [-shear, shear] degrees, 0 <= shear < 90.
         flip: Mirror left to right with probability 1/2.
+        elastic: Standard deviation, as a fraction of the size, of the normal displacements of 4x4 points spread over
+            the image, between which bicubic interpolation moves all others (Ronneberger, Fischer, Brox, "U-Net",
+            2015, https://arxiv.org/abs/1505.04597, section 3.1), 0 <= elastic < 1.
+        erase: A rectangle with sides within [0, erase] of the size and its center anywhere turns black (after Zhong et
+            al., "Random Erasing Data Augmentation", 2017, https://arxiv.org/abs/1708.04896), 0 to 1.
 
     Raises:
         ApotfxError: A range is not as above.
@@ -29,6 +37,8 @@ class Augment:
     scale: tuple[float, float] = (1.0, 1.0)
     shear: float = 0.0
     flip: bool = False
+    elastic: float = 0.0
+    erase: float = 0.0
 
     def __post_init__(self):
         _require(0 <= self.degrees <= 180, "degrees", self.degrees, "0 to 180")
@@ -40,6 +50,8 @@ class Augment:
             "(low, high) with 0 < low <= high",
         )
         _require(0 <= self.shear < 90, "shear", self.shear, "degrees, 0 <= shear < 90")
+        _require(0 <= self.elastic < 1, "elastic", self.elastic, "a fraction of the size, 0 <= elastic < 1")
+        _require(0 <= self.erase <= 1, "erase", self.erase, "a fraction of the size, 0 to 1")
 
     @classmethod
     def none(cls) -> "Augment":
@@ -47,16 +59,23 @@ class Augment:
         return cls()
 
     @classmethod
-    def published(cls) -> "Augment":
-        """The published MNIST recipe: flips alone, which mirror digits."""
-        return cls(flip=True)
+    def named(cls, name: str, dataset: str) -> "Augment":
+        """The ranges called `name` for a data set's name; handwritten digits are never mirrored, but for "flip".
 
-    @classmethod
-    def default_for(cls, dataset: str) -> "Augment":
-        """The recommended ranges for a data set's name; handwritten digits are never mirrored."""
-        if dataset in ("mnist", "digits"):
-            return cls(degrees=10.0, translate=0.1, scale=(0.9, 1.1), shear=5.0)
-        return cls(translate=0.125, scale=(0.9, 1.1), flip=True)
+        Args:
+            name: "default"; "strong" for more, and for long training; "flip" for the published recipe's mirrored images
+                alone; "none".
+        """
+        digits = dataset in ("mnist", "digits")
+        if name == "default":
+            if digits:
+                return cls(degrees=10.0, translate=0.1, scale=(0.9, 1.1), shear=5.0)
+            return cls(translate=0.125, scale=(0.9, 1.1), flip=True)
+        if name == "strong":
+            if digits:
+                return cls(degrees=12.0, translate=0.1, scale=(0.85, 1.15), shear=10.0, elastic=0.03)
+            return cls(translate=0.125, scale=(0.85, 1.15), flip=True, erase=0.5)
+        return {"flip": cls(flip=True), "none": cls.none()}[name]
 
 
 def augment_batch(
@@ -79,9 +98,15 @@ def augment_batch(
     """
     if augment == Augment.none():
         return images
-    uniform = torch.rand(len(images) * world_size, 6, generator=generator)
-    uniform = uniform[rank * len(images) : (rank + 1) * len(images)]
-    return warp(images, _draw(augment, uniform))
+
+    def draw(distribution: Callable[..., Tensor], *shape: int) -> Tensor:
+        everyone = distribution(len(images) * world_size, *shape, generator=generator)
+        return everyone[rank * len(images) : (rank + 1) * len(images)]
+
+    matrix = _random_affine(augment, draw(torch.rand, 6))
+    points = draw(torch.randn, 2, ELASTIC_POINTS, ELASTIC_POINTS) * augment.elastic if augment.elastic else None
+    images = warp(images, matrix, points)
+    return erase(images, *draw(torch.rand, 4).split(2, dim=1), augment.erase) if augment.erase else images
 
 
 def affine_matrix(angle: Tensor, shift: Tensor, scale: Tensor, shear: Tensor, mirror: Tensor) -> Tensor:
@@ -105,22 +130,47 @@ def affine_matrix(angle: Tensor, shift: Tensor, scale: Tensor, shear: Tensor, mi
     return torch.cat([inverse, -2 * (inverse * shift[:, None]).sum(dim=2, keepdim=True)], dim=2)
 
 
-def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Sample `images` [B, C, H, W] at `matrix` [B, 2, 3] times the output positions; zeros outside."""
+def warp(images: Tensor, matrix: Tensor, points: Tensor | None = None) -> Tensor:
+    """Sample `images` [B, C, H, W] at `matrix` [B, 2, 3] times the output positions; zeros outside.
+
+    Args:
+        points: [B, 2, P, P] where the sampled positions move besides, to the right and down, in fractions of the size,
+            at P x P points from corner to corner; None for nowhere.
+    """
     height, width = images.shape[2:]
     x = _pixel_centers(width, images.device)[:, None]
     y = _pixel_centers(height, images.device)[:, None, None]
     matrix = matrix.to(images.device)[:, None, None]
     # F.affine_grid is a matrix product: TF32 or autocast would round its positions.
     grid = matrix[..., 0] * x + matrix[..., 1] * y + matrix[..., 2]
+    if points is not None:
+        # The image is 2 wide in these coordinates.
+        moves = F.interpolate(2 * points.to(images.device), (height, width), mode="bicubic", align_corners=True)
+        grid = grid + moves.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def erase(images: Tensor, center: Tensor, sides: Tensor, largest: float) -> Tensor:
+    """`images` [B, C, H, W] with zeros in a rectangle each.
+
+    Args:
+        center: [B, 2] of the rectangle, as fractions of the image's width and height.
+        sides: [B, 2] its width and height, as fractions of `largest` times the image's.
+    """
+    height, width = images.shape[2:]
+    inside = []
+    for axis, size in enumerate((width, height)):
+        position = (torch.arange(size) + 0.5) / size
+        inside.append((position - center[:, axis, None]).abs() < sides[:, axis, None] * largest / 2)
+    rectangle = (inside[1][:, :, None] & inside[0][:, None, :])[:, None]
+    return images.masked_fill(rectangle.to(images.device), 0.0)
 
 
 def _pixel_centers(size: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(size, device=device) + 1) / size - 1
 
 
-def _draw(augment: Augment, uniform: Tensor) -> Tensor:
+def _random_affine(augment: Augment, uniform: Tensor) -> Tensor:
     """Turn [B, 6] numbers in [0, 1) into [B, 2, 3] matrices."""
     signed = 2 * uniform - 1
     low, high = augment.scale

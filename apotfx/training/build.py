@@ -75,15 +75,18 @@ def restore_network(config: TrainConfig, dataset: Dataset, device: torch.device,
     return Network(float_model, qmodel.to(device), image_size, use_engine(qmodel, config.engine))
 
 
-def build_teacher(config: TrainConfig, dataset: Dataset, device: torch.device, image_size: int) -> nn.Module | None:
-    """The float network in the checkpoint `config.teacher`, frozen; None without one.
+def build_teachers(config: TrainConfig, dataset: Dataset, device: torch.device, image_size: int) -> list[nn.Module]:
+    """The float networks in the checkpoints `config.teacher`, frozen.
 
     Raises:
-        ApotfxError: it is quantized or published, or was trained on other images than the student takes.
+        ApotfxError: one is quantized or published, or was trained on other images than the student takes.
     """
-    if config.teacher is None:
-        return None
-    path = config.teacher
+    return [_build_teacher(path, config, dataset, device, image_size) for path in config.teacher]
+
+
+def _build_teacher(
+    path: str, config: TrainConfig, dataset: Dataset, device: torch.device, image_size: int
+) -> nn.Module:
     checkpoint = read_checkpoint(path)
     if checkpoint.config is None or not checkpoint.is_float:
         raise ApotfxError(f"--teacher {path}: is not a float network; train one with --bit {FLOAT_BITS}")

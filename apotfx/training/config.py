@@ -10,7 +10,7 @@ from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import FLOAT_BITS, BitPolicy
 
 SCHEDULES = ("constant", "cosine", "onecycle", "step")
-AUGMENTATIONS = ("default", "flip", "none")
+AUGMENTATIONS = ("default", "strong", "flip", "none")
 SELECTIONS = ("best", "last")
 
 PUBLISHED = {
@@ -51,12 +51,12 @@ class TrainConfig:
         schedule: of the learning rate. "constant"; "cosine": 1/20 of the run up, then a cosine to 0; "onecycle":
             3/10 up, then a cosine to 0; "step": a tenth from half of the run on, a hundredth from 3/4 on.
         ema: decay of the exponential moving average of the weights that is evaluated and exported; 0 for none.
-        augment: "default" for the data set's own, "flip" for mirrored images alone, "none".
+        augment: "default" or "strong" for the data set's own, "flip" for mirrored images alone, "none".
         select: the epoch whose weights are tested and exported: "best" on validation images, or "last".
         label_smoothing: of the cross-entropy, 0 to 1.
         clip_init: how clips are found, from the first batches: a method of `apotfx.calibrate`.
         clip_lr: factor on the learning rate of the clips.
-        teacher: checkpoint of a float network to distil from; None for none.
+        teacher: checkpoints of float networks to distil from, all together.
         teacher_weight: share of the distillation term in the loss, 0 to 1.
         temperature: of the distillation's softmax.
         pretrained: checkpoint that the weights start from; None for fresh ones.
@@ -87,7 +87,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     clip_init: str = "mse"
     clip_lr: float = 1.0
-    teacher: str | None = None
+    teacher: tuple[str, ...] = ()
     teacher_weight: float = 0.7
     temperature: float = 4.0
     pretrained: str | None = None
@@ -97,6 +97,7 @@ class TrainConfig:
     engine: str = "auto"
 
     def __post_init__(self):
+        object.__setattr__(self, "teacher", tuple(self.teacher or ()))
         _require(self.recipe in RECIPES, "recipe", self.recipe, f"one of {', '.join(RECIPES)}")
         _require(self.scheme in SCHEMES, "scheme", self.scheme, f"one of {', '.join(SCHEMES)}")
         _require(

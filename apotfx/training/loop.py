@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -157,7 +157,7 @@ class Trainer:
         model: the network, on `device`.
         dataset: training images are learned from, validation images choose the best epoch.
         image_size: height and width of the network's input.
-        teacher: float network to distil from, on `device`; or None.
+        teachers: float networks to distil from, on `device`.
         device: where to train.
         processes: this process and the others.
     """
@@ -168,17 +168,16 @@ class Trainer:
         model: nn.Module,
         dataset: Dataset,
         image_size: int,
-        teacher: nn.Module | None,
+        teachers: Sequence[nn.Module],
         device: torch.device,
         processes: Processes,
     ):
         self.config, self.dataset, self.image_size = config, dataset, image_size
-        self.device, self.processes, self.teacher = device, processes, teacher
+        self.device, self.processes, self.teachers = device, processes, teachers
         self.model = synchronize_batch_norms(model, device) if processes.world_size > 1 else model
-        augment = {"none": Augment.none, "flip": Augment.published}.get(config.augment)
         self.batches = TrainBatches(
             dataset.train, batch_size=config.batch_size, seed=config.seed,
-            augment=augment() if augment else Augment.default_for(dataset.name), mean=dataset.mean, std=dataset.std,
+            augment=Augment.named(config.augment, dataset.name), mean=dataset.mean, std=dataset.std,
             image_size=image_size, device=device, rank=processes.rank, world_size=processes.world_size,
         )  # fmt: skip
         self.optimizer = torch.optim.SGD(
@@ -259,12 +258,13 @@ class Trainer:
 
     def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        if self.teacher is None:
+        if not self.teachers:
             return loss
         # Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
         t = self.config.temperature
         with torch.no_grad():
-            target = F.log_softmax(self.teacher(images).float() / t, 1)
+            targets = torch.stack([F.log_softmax(teacher(images).float() / t, 1) for teacher in self.teachers])
+            target = targets.logsumexp(0) - math.log(len(self.teachers))  # of the mean of their probabilities
         distillation = F.kl_div(F.log_softmax(logits / t, 1), target, reduction="batchmean", log_target=True) * t * t
         return torch.lerp(loss, distillation, self.config.teacher_weight)
 
