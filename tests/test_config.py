@@ -5,16 +5,19 @@ import pytest
 
 from apotfx.errors import ApotfxError
 from apotfx.policy import BitPolicy
-from apotfx.training.config import PUBLISHED, TrainConfig
+from apotfx.training.config import TrainConfig
+from apotfx.training.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "x"}, "--recipe x: expected one of default, published"),
+        ({"recipe": "x"}, "--recipe x: expected one of published, default, best"),
         ({"scheme": "x"}, "--scheme x: expected one of apot, pot, uniform"),
         ({"bit": 9}, "--bit 9: expected 2 to 8, or 32"),
         ({"bit": 1}, "--bit 1: expected 2 to 8, or 32"),
+        ({"train_images": 0}, "--train-images 0: expected at least 2"),
+        ({"select": "first"}, "--select first: expected one of best, last"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"batch_size": 1}, "--batch-size 1: expected at least 2"),
         ({"lr": 0.0}, "--lr 0.0: expected more than 0"),
@@ -45,7 +48,7 @@ def test_an_unknown_key_is_named():
 
 
 def test_the_published_recipe_is_the_published_one():
-    config = TrainConfig(**PUBLISHED)
+    config = TrainConfig(**RECIPES["published"])
     assert (config.batch_size, config.lr, config.momentum, config.weight_decay) == (128, 0.01, 0.9, 1e-4)
     assert (config.schedule, config.epochs, config.augment, config.ema) == ("constant", 25, "flip", 0.0)
 

@@ -29,11 +29,12 @@ from apotfx.training.build import (
     with_published_policy,
 )
 from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
-from apotfx.training.config import AUGMENTATIONS, CLIP_INITS, RECIPES, SCHEDULES, TrainConfig
+from apotfx.training.config import AUGMENTATIONS, CLIP_INITS, SCHEDULES, TrainConfig
 from apotfx.training.data import DATASETS, Dataset, load_dataset
 from apotfx.training.distributed import Processes, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
+from apotfx.training.recipes import RECIPES
 from apotfx.training.run import create_run_dir, report, result_table, write_config
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -56,13 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or a download into data/"
     )
     what.add_argument("--image-size", type=int, help="resize images to this many pixels (default: as they are)")
+    what.add_argument("--train-images", type=int, metavar="N", help="learn from N training images (default: from all)")
     what.add_argument("--dry-run", action="store_true", help="print what each layer would get, and stop")
     what.add_argument("--explain", action="store_true", help="with --dry-run: print the reason for each decision")
 
     how = p.add_argument_group("training")
-    how.add_argument(
-        "--recipe", help=f"{' or '.join(RECIPES)}: hyperparameters that the flags below change (default default)"
-    )
+    how.add_argument("--recipe", help=f"{', '.join(RECIPES)}: settings that the flags below change (default default)")
     how.add_argument("--epochs", type=int, help=f"(default {d['epochs']})")
     how.add_argument("-b", "--batch-size", type=int, help=f"over all processes (default {d['batch_size']})")
     how.add_argument("--lr", type=float, help=f"peak learning rate (default {d['lr']})")
@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> None:
         with processes.main_first():  # so that a download happens once
             data = getattr(args, "data", None)
             dataset = load_dataset(config.dataset, data, image_size=config.image_size, workers=args.workers)
+            dataset = dataset.with_train_images(config.train_images)
         config = replace(config, dataset=dataset.name)
         job = Job(args, config, dataset, device, processes, resume, pretrained)
         if "dry_run" in args:

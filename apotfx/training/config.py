@@ -8,25 +8,11 @@ from apotfx.engine import ENGINES
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import FLOAT_BITS, BitPolicy
+from apotfx.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "cosine", "onecycle", "step")
 AUGMENTATIONS = ("default", "strong", "flip", "none")
 SELECTIONS = ("best", "last")
-
-PUBLISHED = {
-    "batch_size": 128,
-    "lr": 0.01,
-    "weight_decay": 1e-4,
-    "momentum": 0.9,
-    "nesterov": False,
-    "schedule": "constant",
-    "augment": "flip",
-    "ema": 0.0,
-    "clip_init": "paper",
-    "clip_lr": 1.0,
-    "decay_all": True,
-}
-RECIPES = {"default": {}, "published": PUBLISHED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +20,14 @@ class TrainConfig:
     """Everything that decides what a run computes, and a little that does not.
 
     Attributes:
-        recipe: "default", or "published": the published hyperparameters, with the published networks' policy.
+        recipe: a file in `apotfx/training/recipes`; "published" comes with the published networks' policy.
         arch: see `apotfx.models.list_models`.
         bit: 2 to 8 for the default policy, 32 for float.
         scheme: "apot", "pot" or "uniform".
         policy: the policy as `BitPolicy.to_dict` gives it; None for the recipe's.
         dataset: name of the data set; None for mnist with scikit-learn's digits to fall back on.
         image_size: height and width that images are resized to; None for the data's own.
+        train_images: how many of the training images to use; None for all.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
         lr: peak learning rate.
@@ -73,6 +60,7 @@ class TrainConfig:
     policy: dict | None = None
     dataset: str | None = None
     image_size: int | None = None
+    train_images: int | None = None
     epochs: int = 25
     batch_size: int = 128
     lr: float = 0.1
@@ -109,6 +97,7 @@ class TrainConfig:
         _require(self.select in SELECTIONS, "select", self.select, f"one of {', '.join(SELECTIONS)}")
         _require(self.clip_init in CLIP_INITS, "clip-init", self.clip_init, f"one of {', '.join(CLIP_INITS)}")
         _require(self.engine in ("auto", *ENGINES), "engine", self.engine, f"one of auto, {', '.join(ENGINES)}")
+        _require(self.train_images is None or self.train_images >= 2, "train-images", self.train_images, "at least 2")
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 2, "batch-size", self.batch_size, "at least 2 (batch norm needs two images)")
         _require(0 < self.lr < float("inf"), "lr", self.lr, "more than 0")

@@ -8,7 +8,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,9 @@ DOWNLOAD_FOLDER = Path("data")
 DOWNLOAD_TIMEOUT = 15.0  # seconds without an answer
 MNIST_MEAN, MNIST_STD = (0.131,), (0.308,)  # as published
 MAX_FOLDER_IMAGE_SIZE = 224
-# The held-out images must not change with a run's seed, or runs could not be compared.
+# The held-out images, and those to learn from, must not change with a run's seed, or runs could not be compared.
 VALIDATION_SEED = 0
+TRAIN_IMAGES_SEED = 0
 MAX_VALIDATION_IMAGES = 5000
 
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -82,6 +83,19 @@ class Dataset:
     def image_size(self) -> int:
         """Height and width of the images in pixels."""
         return self.train.images.shape[-1]
+
+    def with_train_images(self, count: int | None) -> "Dataset":
+        """The data set with `count` of its training images, always the same ones; None for all.
+
+        Raises:
+            ApotfxError: it has fewer.
+        """
+        if count is None:
+            return self
+        if count > len(self.train):
+            raise ApotfxError(f"--train-images {count}: {self.name} has {len(self.train)}; pass at most that many")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(TRAIN_IMAGES_SEED))
+        return replace(self, train=_subset(self.train, order[:count]))
 
     @property
     def all_train(self) -> Split:

@@ -1,0 +1,466 @@
+"""tools/table.py: which runs there are, how they are run, and what is made of their results."""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import table
+import table_report
+import table_runs
+from table_runs import ABLATIONS, LocalExecutor, Run, TableDirectory, execute, with_needed
+
+from apotfx.errors import ApotfxError
+from apotfx.policy import BitPolicy
+from apotfx.training.recipes import RECIPES, best
+
+TOOL = Path(table.__file__)
+QUICK = ["--dataset", "digits", "--image-size", "16", "--epochs", "1", "--train-images", "96", "--batch-size", "32"]
+FLOAT_10 = Run("resnet10", "float", 32, "best", 7)
+TEACHERS = tuple(Run(arch, "float", 32, "best", seed) for arch, seed in best.TEACHERS)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("APOTFX_DATA", raising=False)
+
+
+def call(*flags, quick=QUICK):
+    return table.main([*map(str, flags), "--", *quick])
+
+
+def value(flags, flag):
+    return flags[flags.index(flag) + 1]
+
+
+class TestWhichRuns:
+    def test_names_differ(self):
+        every = [
+            Run(arch, scheme, bits, recipe, seed)
+            for arch in ("resnet10", "torchvision/resnet18")
+            for scheme, bits in (("apot", 2), ("uniform", 2), ("apot", 3), ("float", 32))
+            for recipe in (*RECIPES, *ABLATIONS)
+            for seed in (0, 1)
+        ]
+        assert len({run.name for run in every}) == len(every)
+        assert all(len(Path(run.name).parts) == 2 for run in every)
+
+    @pytest.mark.parametrize("recipe", ["default", "published"])
+    def test_other_recipes_need_no_other_runs(self, recipe):
+        assert Run("resnet10", "apot", 2, recipe, 0).needs == ()
+
+    def test_the_best_recipe_lowers_the_bits_and_has_teachers(self):
+        chain = [Run("resnet10", "uniform", bits, "best", 7) for bits in best.LOWERING]
+        assert [run.pretrained for run in chain] == [FLOAT_10, *chain[:-1]]
+        assert all(run.teachers == TEACHERS for run in chain)
+        assert FLOAT_10.needs == ()
+
+    @pytest.mark.parametrize("bits, higher", [(8, None), (6, None)])
+    def test_bits_above_the_lowering_start_from_float(self, bits, higher):
+        assert Run("resnet10", "apot", bits, "best", 7).pretrained == FLOAT_10
+
+    def test_ablations_of_what_a_run_starts_from(self):
+        run = Run("resnet10", "apot", 2, "best-no-distillation", 7)
+        assert run.teachers == () and run.pretrained == replace(run, bits=3)
+        run = replace(run, recipe="best-no-lowering")
+        assert run.pretrained == FLOAT_10 and run.teachers == TEACHERS
+
+    def test_what_is_needed_comes_before(self):
+        ordered = with_needed(
+            [Run("resnet10", "apot", bits, recipe, 7) for recipe in ("best", *ABLATIONS) for bits in (2, 3)]
+        )
+        assert len(set(ordered)) == len(ordered)
+        for i, run in enumerate(ordered):
+            assert set(run.needs) <= set(ordered[:i])
+
+    def test_the_matrix(self):
+        args = table.make_parser().parse_args(["--archs", "resnet10", "--bits", "32,3", "--seeds", "4,5"])
+        assert table.matrix(args) == [
+            Run("resnet10", scheme, bits, "default", seed)
+            for seed in (4, 5)
+            for scheme, bits in (("float", 32), ("apot", 3), ("uniform", 3))
+        ]
+        assert len(table.matrix(table.make_parser().parse_args([]))) == 48
+
+
+class TestFlags:
+    def test_of_a_run(self):
+        directory = TableDirectory("t", ["--epochs", "3"])
+        flags = directory.new_flags(Run("resnet10", "uniform", 3, "published", 5))
+        assert flags == [
+            "--arch", "resnet10", "--bit", "3", "--recipe", "published", "--select", "last", "--scheme", "uniform",
+            "--epochs", "3", "--seed", "5", "--name", "t/published/resnet10-uniform3-s5",
+        ]  # fmt: skip
+
+    def test_of_the_best_recipe(self):
+        run = Run("resnet10", "apot", 3, "best", 5)
+        flags = TableDirectory("t").new_flags(run)
+        assert value(flags, "--pretrained") == "runs/t/best/resnet10-apot4-s5/best.pt"
+        assert [b for a, b in zip(flags, flags[1:]) if a == "--teacher"] == [
+            f"runs/t/best/{arch}-float-s{seed}/best.pt" for arch, seed in best.TEACHERS
+        ]
+
+    @pytest.mark.parametrize("recipe", ABLATIONS)
+    def test_every_ablation_differs_from_the_best_recipe_in_its_part(self, recipe):
+        directory = TableDirectory("t")
+        run = Run("resnet10", "apot", 3, "best", 5)
+        best_flags, flags = directory.new_flags(run), directory.new_flags(replace(run, recipe=recipe))
+        assert value(flags, "--recipe") == "best"
+        changes = {
+            "best-no-distillation": "--teacher" not in flags,
+            "best-no-lowering": value(flags, "--pretrained") == "runs/t/best/resnet10-float-s5/best.pt",
+            "best-fixed-clips": "--clip-lr 0" in " ".join(flags),
+            "best-no-ema": "--ema 0" in " ".join(flags),
+        }
+        assert "--policy" not in best_flags and not any(f"--{part}" in best_flags for part in ("clip-lr", "ema"))
+        if recipe in changes:
+            assert changes[recipe] and "--policy" not in flags
+            return
+        policy = BitPolicy.from_yaml(value(flags, "--policy"))
+        default = BitPolicy.default(3, "apot")
+        assert policy != default
+        if recipe == "best-same-bits":
+            assert policy.rules == default.rules[-1:]
+        else:
+            changed = {
+                "best-no-normalization": {"normalization": "none"},
+                "best-per-channel": {"granularity": "channel"},
+            }
+            assert policy.rules == tuple(replace(rule, **changed[recipe]) for rule in default.rules)
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--bit", "3"], "-- --bit: the table sets it; leave it out"),
+            (["--resume", "x"], "-- --resume: the table sets it"),
+            (["--no-such-flag"], "-- --no-such-flag: not flags of tools/train.py"),
+        ],
+    )  # fmt: skip
+    def test_wrong_flags_for_all(self, flags, message, capsys):
+        assert table.main(["--", *flags]) == 2
+        assert f"table.py: error: {message}" in capsys.readouterr().err
+        assert not os.path.exists("runs")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--archs", "resnet9"], "resnet9"),
+        (["--bits", "9"], "argument --bits: got '9', expected one of 2, 3, 4, 5, 6, 7, 8, 32"),
+        (["--recipes", "worst"], "argument --recipes: got 'worst', expected one of published, default, best, best-no-"),
+        (["--seeds", "-1"], "argument --seeds: "),
+        (["--jobs", "0"], "argument --jobs: got '0', expected a whole number of at least 1"),
+    ],
+)
+def test_mistakes(flags, message, capsys):
+    assert table.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("table.py: error: ") and message in error and error.count("\n") == 1
+
+
+class FakeExecutor:
+    """Runs nothing: the exit code of each command is decided by its name."""
+
+    def __init__(self, code):
+        self.code, self.names, self.stopped = code, [], False
+
+    def submit(self, command, log):
+        name = command[-1].removeprefix("t/")
+        self.names.append(name)
+        future = Future()
+        result = self.code(name)
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+        return future
+
+    def stop(self):
+        self.stopped = True
+
+
+class TestExecute:
+    @staticmethod
+    def directory(monkeypatch):
+        directory = TableDirectory("t")
+        monkeypatch.setattr(directory, "flags_now", directory.new_flags)
+        return directory
+
+    def test_a_run_waits_for_what_it_needs(self, monkeypatch):
+        ordered = with_needed([Run("resnet10", "apot", 2, "best", 7)])
+        executor = FakeExecutor(lambda name: 0)
+        ended = list(execute(ordered, self.directory(monkeypatch), executor))
+        assert ended and all(failure is None for _, failure in ended)
+        for i, name in enumerate(executor.names):
+            needs = next(run.needs for run in ordered if run.name == name)
+            assert {run.name for run in needs} <= set(executor.names[:i])
+        assert {run for run, _ in ended} == set(ordered)
+
+    @pytest.mark.parametrize("result, reason", [(2, "exit code 2: it printed nothing"), (OSError("lost\nit"), "lost")])
+    def test_a_failure_fails_what_needs_it_and_nothing_else(self, monkeypatch, result, reason):
+        ordered = with_needed([Run("resnet10", scheme, 2, "best", 7) for scheme in ("apot", "uniform")])
+        executor = FakeExecutor(lambda name: result if name == "best/resnet10-apot4-s7" else 0)
+        failures = {run.name: failure for run, failure in execute(ordered, self.directory(monkeypatch), executor)}
+        assert failures.pop("best/resnet10-apot4-s7").startswith(reason)
+        assert failures.pop("best/resnet10-apot3-s7") == "best/resnet10-apot4-s7 failed"
+        assert failures.pop("best/resnet10-apot2-s7") == "best/resnet10-apot3-s7 failed"
+        assert set(failures.values()) == {None} and len(failures) == len(ordered) - 3
+
+    def test_an_interruption_stops_the_others(self, monkeypatch):
+        executor = FakeExecutor(lambda name: 0)
+        ending = execute([Run("resnet10", "apot", 2, "default", 7)], self.directory(monkeypatch), executor)
+        next(ending)
+        with pytest.raises(KeyboardInterrupt):
+            ending.throw(KeyboardInterrupt)
+        assert executor.stopped
+
+    def test_the_last_line_of_the_log_is_the_reason(self, tmp_path):
+        executor = LocalExecutor(2)
+        command = [sys.executable, "-c", "print('first'); print('why'); raise SystemExit(3)"]
+        future = executor.submit(command, tmp_path / "log")
+        assert table_runs._failure(future, tmp_path / "log") == f"exit code 3: why ({tmp_path / 'log'})"
+
+    def test_the_cores_are_divided(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "cpu_count", lambda: 6)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        executor = LocalExecutor(2)
+        assert executor.submit(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path / "log").result() == 0
+        assert (tmp_path / "log").read_text() == "3\n"
+
+    def test_each_job_has_a_gpu(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        executor = LocalExecutor(2)
+        command = ["sh", "-c", "while [ $(cat go* | wc -l) -lt 4 ]; do sleep 0.01; done; echo $CUDA_VISIBLE_DEVICES"]
+        futures = [executor.submit(command, tmp_path / "log") for _ in range(4)]
+        for i in range(4):
+            (tmp_path / f"go{i}").write_text("\n")
+        assert [future.result() for future in futures] == [0] * 4
+        assert sorted((tmp_path / "log").read_text().split()) == ["0", "0", "1", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory in which the smallest table was made."""
+    directory = tmp_path_factory.mktemp("finished")
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        assert call("--archs", "resnet10", "--bits", 3, "--seeds", "0,1", "--jobs", 2) == 0
+    finally:
+        os.chdir(before)
+    return directory
+
+
+ONE = ("--archs", "resnet10", "--bits", 3, "--schemes", "apot", "--seeds", 0)
+SMALLEST = ("--archs", "resnet10", "--bits", 3, "--seeds", "0,1", "--jobs", 2)
+
+
+class TestWhole:
+    def test_the_table_has_a_row_per_scheme_with_its_runs(self, finished):
+        rows = json.loads((finished / "runs/table/table.json").read_text())
+        assert [(row["arch"], row["scheme"], row["bits"], row["recipe"], row["seeds"]) for row in rows] == [
+            ("resnet10", scheme, 3, "default", [0, 1]) for scheme in ("apot", "uniform")
+        ]
+        for row in rows:
+            for run in row["runs"]:
+                result = json.loads((finished / "runs/table" / run["directory"] / "result.json").read_text())
+                assert [result[key] for key in ("test_acc", "train_acc", "seed")] == [
+                    run[key] for key in ("test_acc", "train_acc", "seed")
+                ]
+                assert run["config"]["arguments"]["train_images"] == 96
+            for split in ("test", "train"):
+                a, b = (run[f"{split}_acc"] for run in row["runs"])
+                assert row[f"{split}_mean"] == pytest.approx((a + b) / 2, abs=1e-4)
+                assert row[f"{split}_std"] == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-4)
+
+    def test_markdown_links_to_each_run_and_the_picture(self, finished):
+        text = (finished / "runs/table/table.md").read_text()
+        for seed in (0, 1):
+            assert f"[{seed}](default/resnet10-apot3-s{seed})" in text
+            assert (finished / "runs/table/default" / f"resnet10-apot3-s{seed}" / "config.yaml").is_file()
+        assert "(accuracy.png)" in text and (finished / "runs/table/accuracy.png").read_bytes()[:4] == b"\x89PNG"
+        assert "published" not in text.split("## default")[1]  # digits have no published figures
+
+    def test_finished_runs_are_not_repeated(self, finished, monkeypatch, capsys):
+        monkeypatch.chdir(finished)
+        before = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("result.json")}
+        assert call(*SMALLEST) == 0
+        assert "4 of 4 runs are finished" in capsys.readouterr().out
+        assert before == {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("result.json")}
+
+    def test_finished_runs_of_other_settings_are_refused(self, finished, monkeypatch, capsys):
+        monkeypatch.chdir(finished)
+        assert call(*SMALLEST, quick=[*QUICK, "--lr", "0.2"]) == 2
+        error = capsys.readouterr().err
+        assert "resnet10-apot3-s0: was trained with --lr 0.1, this table asks for 0.2; pass another --name, or" in error
+
+    def test_finished_runs_of_another_policy_are_refused(self, finished, monkeypatch):
+        monkeypatch.chdir(finished)
+        monkeypatch.setattr(BitPolicy, "default", classmethod(lambda cls, bits, scheme: cls.published(bits, scheme)))
+        with pytest.raises(ApotfxError, match="was trained with another policy; pass another --name"):
+            TableDirectory("table", QUICK).require_same(Run("resnet10", "apot", 3, "default", 0))
+
+    def test_dry_run_prints_commands_that_work(self, finished, capsys):
+        assert call(*ONE, "--dry-run") == 0
+        line = capsys.readouterr().out.strip()
+        assert line.startswith("python tools/train.py --arch resnet10 --bit 3 ")
+        assert not list(Path("runs").rglob("config.yaml"))
+
+    def test_another_process_works_on_it(self, capsys):
+        Path("runs/table/logs").mkdir(parents=True)
+        with open("runs/table/logs/lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert call(*SMALLEST) == 2
+        assert "runs/table: another table.py works on it; wait, or pass another --name" in capsys.readouterr().err
+
+    def test_a_failed_run_is_told_and_tried_again(self, capsys):
+        assert call(*ONE, quick=[*QUICK, "--batch-size", "1000"]) == 1
+        error = capsys.readouterr().err
+        assert "failed: default/resnet10-apot3-s0: exit code 2: train.py: error: --batch-size 1000" in error
+        assert call(*ONE) == 0
+
+    def test_the_chain_of_the_best_recipe(self, monkeypatch, capsys):
+        monkeypatch.setattr(best, "TEACHERS", (("resnet10", 0), ("resnet10", 1)))
+        monkeypatch.setattr(best, "LOWERING", (4, 2))
+        flags = (*ONE, "--bits", 2, "--recipes", "best", "--jobs", 2)
+        assert call(*flags) == 0
+        config = yaml.safe_load(Path("runs/table/best/resnet10-apot2-s0/config.yaml").read_text())["arguments"]
+        assert config["pretrained"] == "runs/table/best/resnet10-apot4-s0/best.pt"
+        assert config["teacher"] == [f"runs/table/best/resnet10-float-s{seed}/best.pt" for seed in (0, 1)]
+        # What is needed by a run that is missing must still have its weights.
+        Path("runs/table/best/resnet10-apot2-s0/result.json").unlink()
+        Path("runs/table/best/resnet10-apot2-s0/checkpoint.pt").unlink()
+        Path("runs/table/best/resnet10-apot4-s0/best.pt").unlink()
+        capsys.readouterr()
+        assert call(*flags) == 2
+        assert "needs runs/table/best/resnet10-apot4-s0/best.pt, which is missing" in capsys.readouterr().err
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_stopped_table_goes_on_to_the_same_weights(number, monkeypatch):
+    quick = [*QUICK[:4], "--epochs", "6", "--train-images", "320", "--batch-size", "32"]
+    flags = ["--archs", "resnet10", "--bits", "3", "--schemes", "apot", "--seeds", "0", "--jobs", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    process = subprocess.Popen(
+        [sys.executable, TOOL, *flags, "--name", "stopped", "--", *quick], stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    log = Path("runs/stopped/logs/default-resnet10-apot3-s0.log")
+    wait_for(lambda: log.is_file() and "epoch 1/6" in log.read_text())
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and error.strip() == "stopped; the same command goes on"
+        assert not Path("runs/stopped/default/resnet10-apot3-s0/result.json").exists()
+    else:
+        # The training goes on by itself, and holds the lock until it is through.
+        again = [sys.executable, TOOL, *flags, "--name", "stopped", "--", *quick]
+        refused = subprocess.run(again, capture_output=True, text=True)
+        assert refused.returncode == 2 and "another table.py works on it" in refused.stderr
+        wait_for(Path("runs/stopped/default/resnet10-apot3-s0/result.json").exists)
+        wait_for(lambda: not is_locked("runs/stopped/logs/lock"))
+    for name in ("stopped", "whole"):
+        assert call(*flags, "--name", name, quick=quick) == 0
+    a, b = (
+        torch.load(f"runs/{name}/default/resnet10-apot3-s0/best.pt", weights_only=True)["model"]
+        for name in ("stopped", "whole")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def is_locked(path):
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_over_ray():
+    pytest.importorskip("ray")
+    flags = ["--archs", "resnet10", "--bits", "3", "--schemes", "apot", "--seeds", "0,1", "--jobs", "2"]
+    command = [sys.executable, TOOL, *flags, "--address", "local", "--", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(Path("runs/table/table.json").read_text())
+    assert [row["seeds"] for row in rows] == [[0, 1]]
+
+
+def test_without_ray(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert call(*SMALLEST, "--address", "local") == 2
+    assert "--address: needs Ray; pip install 'apotfx[ray]'" in capsys.readouterr().err
+
+
+def row(scheme, bits, accuracies, recipe="default", dataset="mnist", arch="resnet10"):
+    config = {"arguments": {"dataset": dataset, "train_images": None}}
+    runs = tuple(
+        {"seed": seed, "test_acc": acc, "train_acc": acc, "val_acc": acc, "config": config, "directory": f"d/{seed}"}
+        for seed, acc in accuracies.items()
+    )
+    return table_report.Row(arch, scheme, bits, recipe, runs)
+
+
+class TestReport:
+    def test_mean_and_standard_deviation(self):
+        three = row("apot", 4, {0: 99.1, 1: 99.2, 2: 99.6})
+        assert three.mean("test") == pytest.approx(99.3)
+        assert three.std("test") == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+        one = row("apot", 4, {0: 99.1})
+        assert (one.mean("test"), one.std("test"), one.to_dict()["test_std"]) == (99.1, None, None)
+
+    def test_goals_are_reached_above_the_published_figure_only(self):
+        rows = [row("apot", 2, {0: 98.72}), row("uniform", 2, {0: 98.46}), row("pot", 2, {0: 99.9})]
+        lines = table_report.goal_table(rows).splitlines()[2:]
+        assert [("reached" in line, "98.72" in line) for line in lines] == [(False, True), (True, False)]
+        assert table_report.goal(row("apot", 2, {0: 99.0}, dataset="digits")) is None
+
+    def test_pairs_have_equal_seeds(self):
+        rows = [row("apot", 3, {0: 99.2, 1: 99.5, 2: 99.3}), row("uniform", 3, {1: 99.4, 2: 99.0, 3: 98.0})]
+        single, *pooled = table_report.paired_differences(rows)
+        assert single.where == ("resnet10", "3", "default")
+        assert single.differences == pytest.approx((0.1, 0.3))
+        # Student's t for one degree of freedom is 12.706 at 97.5%.
+        assert single.interval == pytest.approx((0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1), abs=1e-4)
+        assert [pair.where[:2] for pair in pooled] == [("all", "3"), ("all", "all")]
+
+    def test_pairs_are_pooled_over_networks_and_bits(self):
+        rows = [
+            row(scheme, bits, {0: 99.0 + (scheme == "apot") * bits / 10, 1: 99.0}, arch=arch)
+            for arch in ("resnet10", "resnet18")
+            for bits in (2, 3)
+            for scheme in ("apot", "uniform")
+        ]
+        pairs = {pair.where[:2]: pair.differences for pair in table_report.paired_differences(rows)}
+        assert sorted(pairs["all", "3"]) == pytest.approx([0, 0, 0.3, 0.3])
+        assert sorted(pairs["all", "all"]) == pytest.approx([0, 0, 0, 0, 0.2, 0.2, 0.3, 0.3])
+        assert len(pairs) == 4 + 2 + 1
+
+    def test_a_single_pair_has_no_interval(self):
+        assert table_report.paired_differences([row("apot", 3, {0: 99.2}), row("uniform", 3, {0: 99.0})]) == []
+
+    def test_the_picture_draws_rows_of_every_kind(self, tmp_path):
+        rows = [row("apot", 2, {0: 99.0, 1: 99.1}), row("apot", 3, {0: 99.2}), row("float", 32, {0: 99.3, 1: 99.4})]
+        table_report.plot([*rows, row("uniform", 3, {0: 99.1}, recipe="best", arch="mlp")], tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"

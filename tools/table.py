@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""Train a matrix of networks, several at once, and write a table of what they reach.
+
+python tools/table.py --recipes default --seeds 0,1,2
+python tools/table.py --recipes default --seeds 0,1,2 --name fashion -- --dataset fashion-mnist
+
+What follows `--` goes to every training as it is. Stopped in any way, the same command goes on; finished runs are kept.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+
+import train
+from bench_common import Parser, markdown, positive, several, some_of
+from table_report import with_spread, write_report
+from table_runs import ABLATIONS, FLOAT, LocalExecutor, RayExecutor, Run, TableDirectory, execute, with_needed
+
+from apotfx.errors import ApotfxError
+from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
+from apotfx.models import require_known
+from apotfx.policy import FLOAT_BITS
+from apotfx.training.recipes import RECIPES
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = p.add_argument_group("rows, lists with commas")
+    what.add_argument("--archs", type=several(str), default="resnet18,resnet10", help="networks")
+    what.add_argument(
+        "--bits", type=some_of([*range(MIN_BITS, MAX_BITS + 1), FLOAT_BITS]), default="5,4,3,2",
+        help=f"2 to 8, or {FLOAT_BITS} for float",
+    )  # fmt: skip
+    what.add_argument("--schemes", type=some_of(SCHEMES), default="apot,uniform", help=", ".join(SCHEMES))
+    what.add_argument(
+        "--recipes", type=some_of([*RECIPES, *ABLATIONS]), default="default", help=", ".join([*RECIPES, *ABLATIONS])
+    )
+    what.add_argument("--seeds", type=several(seed), default="0,1,2", help="a training for each")
+    how = p.add_argument_group("running")
+    how.add_argument("--name", default="table", help="of the directory in runs/")
+    how.add_argument(
+        "--jobs", type=positive, help="at once on this machine or on each GPU (default: a core each, or 1)"
+    )
+    how.add_argument("--address", help="of a Ray cluster to run on, or local: one on this machine")
+    how.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
+    how.add_argument("--report", action="store_true", help="only write the table of what is finished")
+    how.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of tools/train.py, for all trainings")
+    return p
+
+
+def matrix(args: argparse.Namespace) -> list[Run]:
+    """The runs that were asked for; those of the first seed come first."""
+    for arch in args.archs:
+        require_known(arch)
+    return [
+        Run(arch, scheme, bits, recipe, seed)
+        for recipe in args.recipes
+        for seed in args.seeds
+        for arch in args.archs
+        for bits in args.bits
+        for scheme in ([FLOAT] if bits == FLOAT_BITS else args.schemes)
+    ]
+
+
+def require_free(flags: list[str]) -> None:
+    """Raises: ApotfxError: the flags for all trainings are wrong, or set what the matrix sets."""
+    try:
+        given = vars(train.make_parser().parse_args(flags))
+    except SystemExit:
+        raise ApotfxError(f"-- {shlex.join(flags)}: not flags of tools/train.py; see its --help") from None
+    taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate", "select"}
+    for key in sorted(taken.intersection(given)):
+        raise ApotfxError(f"-- --{key}: the table sets it; leave it out")
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Whether every run that was asked for is finished."""
+    require_free(args.flags)
+    table = TableDirectory(args.name, args.flags)
+    wanted = with_needed(matrix(args))
+    with table.locked():
+        finished = [run for run in wanted if table.is_finished(run)]
+        for each in finished:
+            table.require_same(each)
+        missing = [run for run in wanted if run not in finished]
+        if args.dry_run:
+            for each in missing:
+                print(f"python tools/train.py {shlex.join(table.new_flags(each))}")
+            return True
+        print(f"{len(finished)} of {len(wanted)} runs are finished")
+        failures = {} if args.report else train_all(missing, table, args)
+        rows = write_report(table.path, shlex.join(["python", "tools/table.py", *args.argv]))
+    lines = [
+        [row.recipe, row.arch, row.bits, row.scheme, len(row.runs),
+         *(with_spread(row.mean(split), row.std(split)) for split in ("test", "train"))]
+        for row in rows
+    ]  # fmt: skip
+    print(markdown(["recipe", "network", "bits", "scheme", "seeds", "test", "training"], lines))
+    for name, reason in failures.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(f"written to {table.path}")
+    return not failures
+
+
+def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespace) -> dict[str, str]:
+    """Train `missing`, and rewrite the table after each; what failed, with the reason, by the run's name."""
+    if not missing:
+        return {}
+    executor = RayExecutor(args.address, args.jobs) if args.address else LocalExecutor(args.jobs)
+    failures, began = {}, time.perf_counter()
+    command = shlex.join(["python", "tools/table.py", *args.argv])
+    for number, (each, failure) in enumerate(execute(missing, table, executor), 1):
+        if failure:
+            failures[each.name] = failure
+        else:
+            write_report(table.path, command)
+        minutes = (time.perf_counter() - began) / 60
+        print(f"[{number}/{len(missing)}, {minutes:.1f} min] {each.name}: {failure or 'finished'}", flush=True)
+    return failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 if a training failed, 2 for a user's mistake or a failing disk, 130 when stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = make_parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else argv
+        return 0 if run(args) else 1
+    except (ApotfxError, OSError) as error:
+        print(f"table.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

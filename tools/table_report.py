@@ -1,0 +1,269 @@
+"""What the runs of a table reached, as rows with mean and standard deviation: Markdown, JSON and a picture."""
+
+import io
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from bench_common import markdown
+
+from apotfx.files import write_atomic
+from apotfx.policy import FLOAT_BITS
+from apotfx.training.recipes import RECIPES
+
+SPLITS = ("test", "train", "val")
+# Accuracy in percent on the training images of MNIST, as published; see the README.
+PUBLISHED = {
+    ("resnet18", "apot"): {5: 99.58, 4: 99.49, 3: 99.30, 2: 98.45},
+    ("resnet18", "uniform"): {5: 99.40, 4: 99.39, 3: 99.24, 2: 98.31},
+    ("resnet10", "apot"): {5: 99.78, 4: 99.64, 3: 99.39, 2: 98.72},
+    ("resnet10", "uniform"): {5: 99.68, 4: 99.54, 3: 99.25, 2: 98.45},
+}
+SCHEMES = {"apot": "C0", "uniform": "C1", "pot": "C2", "float": "C7"}  # and their colours
+
+
+@dataclass(frozen=True)
+class Row:
+    """The finished runs that differ in their seed alone."""
+
+    arch: str
+    scheme: str
+    bits: int
+    recipe: str
+    runs: tuple[dict, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["seed"] for run in self.runs]
+
+    def accuracies(self, split: str) -> list[float]:
+        return [run[f"{split}_acc"] for run in self.runs]
+
+    def mean(self, split: str) -> float:
+        return statistics.fmean(self.accuracies(split))
+
+    def std(self, split: str) -> float | None:
+        """The standard deviation of the population that the seeds are drawn from; None with one seed."""
+        return statistics.stdev(self.accuracies(split)) if len(self.runs) > 1 else None
+
+    def to_dict(self) -> dict:
+        statistic = {
+            f"{split}_{name}": None if value is None else round(value, 4)
+            for split in SPLITS
+            for name, value in (("mean", self.mean(split)), ("std", self.std(split)))
+        }
+        facts = {"arch": self.arch, "scheme": self.scheme, "bits": self.bits, "recipe": self.recipe}
+        return {**facts, "seeds": self.seeds, **statistic, "runs": list(self.runs)}
+
+
+def read_rows(directory: Path) -> list[Row]:
+    """The rows of all finished runs below `directory`: by recipe as `RECIPES` has them, network, bits and scheme."""
+    groups = defaultdict(list)
+    for path in directory.glob("*/*/result.json"):
+        result = json.loads(path.read_text())
+        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        arguments = config["arguments"]
+        bits = arguments["bit"]
+        scheme = "float" if bits == FLOAT_BITS else arguments["scheme"]
+        run = {
+            "seed": result["seed"],
+            **{f"{split}_acc": result[f"{split}_acc"] for split in SPLITS},
+            "integer_test_acc": result["integer_test_acc"],
+            "seconds": result["seconds"],
+            "directory": str(path.parent.relative_to(directory)),
+            "config": {key: value for key, value in config.items() if key != "policy"},
+        }
+        groups[path.parent.parent.name, arguments["arch"], bits, scheme].append(run)
+
+    def place(key: tuple) -> tuple:
+        recipe, arch, bits, scheme = key
+        rank = list(RECIPES).index(recipe) if recipe in RECIPES else len(RECIPES)
+        return rank, recipe, arch, -bits, scheme
+
+    return [
+        Row(arch, scheme, bits, recipe, tuple(sorted(groups[key], key=lambda run: run["seed"])))
+        for key in sorted(groups, key=place)
+        for recipe, arch, bits, scheme in [key]
+    ]
+
+
+def write_report(directory: Path, command: str) -> list[Row]:
+    """Write `table.json`, `table.md` and `accuracy.png` in `directory`; returns the rows."""
+    rows = read_rows(directory)
+    write_atomic(directory / "table.json", (json.dumps([row.to_dict() for row in rows], indent=1) + "\n").encode())
+    parts = [f"# What each recipe reaches\n\nBy `{command}`.\n", EXPLANATION]
+    for recipe in dict.fromkeys(row.recipe for row in rows):
+        parts.append(f"## {recipe}\n\n{accuracy_table([row for row in rows if row.recipe == recipe])}")
+    if any(goal(row) for row in rows):
+        parts.append(f"## Against the published figures\n\n{GOALS}\n{goal_table(rows)}")
+    if pairs := paired_differences(rows):
+        parts.append(f"## APoT against uniform\n\n{PAIRED}\n{paired_table(pairs)}")
+    drawn = [row for row in rows if row.recipe in RECIPES]
+    if drawn:
+        plot(drawn, directory / "accuracy.png")
+        parts.append("![Test accuracy against bits](accuracy.png)\n")
+    write_atomic(directory / "table.md", "\n".join(parts).encode())
+    return rows
+
+
+EXPLANATION = """\
+Accuracy in percent: mean and standard deviation over the seeds, of the weights after the last epoch (their moving
+average, where the recipe keeps one). "Test" is on the test images, which nothing was chosen by; "training" on all
+training images without augmentation, those held out for validation included: the protocol of the published table.
+"""
+GOALS = """\
+The published figures are accuracies on training images; here they are goals for the mean on test images.
+"""
+PAIRED = """\
+Test accuracy of APoT minus that of uniform, in points, with the same seed (the same initial weights, order of images and
+augmentation), and the 95% confidence interval of its mean (Student's t over the pairs). An interval that holds 0 says
+that the runs show no difference.
+"""
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    headers = ["network", "bits", "scheme", "seeds", "test", "training", "validation", "runs"]
+    return markdown(
+        headers,
+        [
+            [
+                row.arch, "float" if row.bits == FLOAT_BITS else row.bits, row.scheme,
+                ", ".join(map(str, row.seeds)),
+                *(with_spread(row.mean(split), row.std(split)) for split in SPLITS),
+                " ".join(f"[{run['seed']}]({run['directory']})" for run in row.runs),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def with_spread(mean: float, std: float | None) -> str:
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def goal(row: Row) -> float | None:
+    """The published accuracy of a row on all of MNIST."""
+    arguments = row.runs[0]["config"]["arguments"]
+    if arguments["dataset"] != "mnist" or arguments.get("train_images") is not None:
+        return None
+    return PUBLISHED.get((row.arch, row.scheme), {}).get(row.bits)
+
+
+def goal_table(rows: Sequence[Row]) -> str:
+    recipes = list(dict.fromkeys(row.recipe for row in rows if goal(row)))
+    cells = {(row.arch, row.scheme, row.bits, row.recipe): row for row in rows}
+    lines = []
+    for (arch, scheme), published in PUBLISHED.items():
+        for bits, figure in published.items():
+            found = [cells.get((arch, scheme, bits, recipe)) for recipe in recipes]
+            if any(found):
+                reached = [
+                    "" if row is None else f"{row.mean('test'):.3f}{' reached' * (row.mean('test') > figure)}"
+                    for row in found
+                ]
+                lines.append([arch, bits, scheme, f"{figure:.2f}", *reached])
+    return markdown(["network", "bits", "scheme", "published", *recipes], lines)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences, by pairs with equal seeds, between two schemes.
+
+    Attributes:
+        where: network, bits and recipe.
+        differences: in points.
+    """
+
+    where: tuple[str, str, str]
+    differences: tuple[float, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% confidence interval of the mean, by Student's t."""
+        from scipy.stats import t
+
+        n = len(self.differences)
+        half = t.ppf(0.975, n - 1) * statistics.stdev(self.differences) / math.sqrt(n)
+        mean = statistics.fmean(self.differences)
+        return mean - half, mean + half
+
+
+def paired_differences(rows: Iterable[Row]) -> list[Paired]:
+    """APoT minus uniform for each recipe, network and bits that has two pairs of runs or more, then over networks."""
+    schemes: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        schemes[row.recipe, row.arch, row.bits][row.scheme] = row
+    single, pooled = [], defaultdict(list)
+    for (recipe, arch, bits), of in schemes.items():
+        if {"apot", "uniform"} <= of.keys():
+            apot, uniform = (dict(zip(of[s].seeds, of[s].accuracies("test"))) for s in ("apot", "uniform"))
+            differences = tuple(apot[seed] - uniform[seed] for seed in apot if seed in uniform)
+            single.append(Paired((arch, str(bits), recipe), differences))
+            for group in (("all", str(bits), recipe), ("all", "all", recipe)):
+                pooled[group] += differences
+    every = [*single, *(Paired(where, tuple(differences)) for where, differences in pooled.items())]
+    return [pair for pair in every if len(pair.differences) > 1]
+
+
+def paired_table(pairs: Iterable[Paired]) -> str:
+    lines = [
+        [
+            pair.where[2], *pair.where[:2], len(pair.differences), f"{statistics.fmean(pair.differences):+.3f}",
+            "{:+.3f} to {:+.3f}".format(*pair.interval),
+        ]
+        for pair in pairs
+    ]  # fmt: skip
+    return markdown(["recipe", "network", "bits", "pairs", "mean difference", "95% interval"], lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw test accuracy against bits, with the standard deviation over the seeds: networks across, recipes down."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    archs, recipes = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("arch", "recipe"))
+    bits = sorted({row.bits for row in rows if row.scheme != "float"})
+    figure, axes = plt.subplots(
+        len(recipes), len(archs), sharex=True, sharey="row", squeeze=False, layout="constrained",
+        figsize=(4.5 * len(archs), 3.2 * len(recipes)),
+    )  # fmt: skip
+    for i, recipe in enumerate(recipes):
+        for j, arch in enumerate(archs):
+            _draw(axes[i, j], [row for row in rows if (row.arch, row.recipe) == (arch, recipe)])
+            axes[i, j].set_title(f"{arch}, {recipe}")
+            axes[i, j].set_xticks(bits)
+    for axis in axes[-1]:
+        axis.set_xlabel("bits")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy, %")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def _draw(axis, rows: Sequence[Row]) -> None:
+    for scheme, colour in SCHEMES.items():
+        of_scheme = sorted((row for row in rows if row.scheme == scheme), key=lambda row: row.bits)
+        if not of_scheme:
+            continue
+        bits, means, stds = zip(*((row.bits, row.mean("test"), row.std("test") or 0.0) for row in of_scheme))
+        if scheme == "float":
+            axis.axhline(means[0], color=colour, linestyle="--", label="float")
+            axis.axhspan(means[0] - stds[0], means[0] + stds[0], color=colour, alpha=0.15)
+            continue
+        axis.errorbar(bits, means, stds, color=colour, marker="o", capsize=3, label=scheme)
+        published = [(row.bits, goal(row)) for row in of_scheme if goal(row)]
+        if published:
+            label = f"{scheme}, published (training images)"
+            axis.plot(*zip(*published), color=colour, marker="x", linestyle=":", label=label)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)

@@ -1,0 +1,351 @@
+"""The runs of a table: what each is, what it is trained with, and how several run at once."""
+
+import fcntl
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import train
+import yaml
+
+from apotfx.errors import ApotfxError
+from apotfx.files import write_atomic
+from apotfx.policy import FLOAT_BITS, BitPolicy
+from apotfx.training.config import TrainConfig
+from apotfx.training.recipes import RECIPES, best
+from apotfx.training.run import RUNS
+
+FLOAT = "float"
+TOOL = Path(train.__file__).resolve()
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The best recipe without one of its parts.
+
+    Attributes:
+        flags: of `tools/train.py`, which take the part out.
+        policy: makes the policy from the recipe's; None to keep that.
+        without: "teachers" or "lowering", if one of these is the part.
+    """
+
+    flags: tuple[str, ...] = ()
+    policy: Callable[[BitPolicy], BitPolicy] | None = None
+    without: str = ""
+
+
+def _everywhere(**settings: object) -> Callable[[BitPolicy], BitPolicy]:
+    return lambda policy: BitPolicy(tuple(replace(rule, **settings) for rule in policy.rules))
+
+
+ABLATIONS = {
+    "best-no-distillation": Ablation(without="teachers"),
+    "best-no-lowering": Ablation(without="lowering"),
+    "best-no-normalization": Ablation(policy=_everywhere(normalization="none")),
+    "best-fixed-clips": Ablation(flags=("--clip-lr", "0")),
+    "best-no-ema": Ablation(flags=("--ema", "0")),
+    "best-same-bits": Ablation(policy=lambda policy: BitPolicy(policy.rules[-1:])),
+    "best-per-channel": Ablation(policy=_everywhere(granularity="channel")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. A row of the table is what the runs that differ in their seed alone reach.
+
+    Attributes:
+        arch: as `tools/train.py` takes it.
+        scheme: "apot", "pot" or "uniform"; "float" at 32 bits.
+        bits: 2 to 8, or 32.
+        recipe: a key of `RECIPES` or of `ABLATIONS`.
+        seed: of the training.
+    """
+
+    arch: str
+    scheme: str
+    bits: int
+    recipe: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory in the table's."""
+        precision = self.scheme if self.bits == FLOAT_BITS else f"{self.scheme}{self.bits}"
+        return f"{self.recipe}/{self.arch.replace('/', '-')}-{precision}-s{self.seed}"
+
+    @property
+    def ablation(self) -> Ablation:
+        return ABLATIONS.get(self.recipe, Ablation())
+
+    @property
+    def pretrained(self) -> "Run | None":
+        """The run whose weights this one starts from, if any: with the best recipe the next higher bits, then float."""
+        if self.recipe in RECIPES and self.recipe != "best" or self.bits == FLOAT_BITS:
+            return None
+        higher = [bits for bits in best.LOWERING if bits > self.bits]
+        if not higher or self.ablation.without == "lowering":
+            return replace(self, scheme=FLOAT, bits=FLOAT_BITS, recipe="best")
+        return replace(self, bits=min(higher))
+
+    @property
+    def teachers(self) -> tuple["Run", ...]:
+        """The float runs whose outputs this one learns, if any."""
+        if self.pretrained is None or self.ablation.without == "teachers":
+            return ()
+        return tuple(Run(arch, FLOAT, FLOAT_BITS, "best", seed) for arch, seed in best.TEACHERS)
+
+    @property
+    def needs(self) -> tuple["Run", ...]:
+        """The runs that must be finished before this one."""
+        return (*([self.pretrained] if self.pretrained else []), *self.teachers)
+
+
+def with_needed(runs: Iterable[Run]) -> list[Run]:
+    """`runs` and all that they need, in an order in which they can run."""
+    ordered: dict[Run, None] = {}
+
+    def add(run: Run) -> None:
+        if run not in ordered:
+            for needed in run.needs:
+                add(needed)
+            ordered[run] = None
+
+    for run in runs:
+        add(run)
+    return list(ordered)
+
+
+class TableDirectory:
+    """The directory `runs/<name>` with a directory per run, which says by what it holds how far the run has come.
+
+    Args:
+        name: of the directory.
+        flags: of `tools/train.py`, for all runs.
+    """
+
+    def __init__(self, name: str, flags: Sequence[str] = ()):
+        self.name, self.flags = name, list(flags)
+        self.path = RUNS / name
+
+    def run_dir(self, run: Run) -> Path:
+        return self.path / run.name
+
+    def log(self, run: Run) -> Path:
+        """What the run printed."""
+        return self.path / "logs" / f"{run.name.replace('/', '-')}.log"
+
+    def is_finished(self, run: Run) -> bool:
+        return (self.run_dir(run) / "result.json").is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Raises: ApotfxError: another process works on this table."""
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        with open(self.path / "logs" / "lock", "w") as file:
+            # Runs inherit the lock: they may go on when the table is killed.
+            os.set_inheritable(file.fileno(), True)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ApotfxError(f"{self.path}: another table.py works on it; wait, or pass another --name") from None
+            yield
+
+    def new_flags(self, run: Run) -> list[str]:
+        """The flags of `tools/train.py` for a fresh start of `run`; writes the policy file of an ablation."""
+        recipe = "best" if run.recipe in ABLATIONS else run.recipe
+        flags = ["--arch", run.arch, "--bit", str(run.bits), "--recipe", recipe, "--select", "last"]
+        if run.scheme != FLOAT:
+            flags += ["--scheme", run.scheme]
+        if run.pretrained is not None:
+            flags += ["--pretrained", str(self.run_dir(run.pretrained) / "best.pt")]
+        for teacher in run.teachers:
+            flags += ["--teacher", str(self.run_dir(teacher) / "best.pt")]
+        if run.ablation.policy is not None and run.bits != FLOAT_BITS:
+            path = self.path / run.recipe / f"{run.scheme}{run.bits}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            policy = run.ablation.policy(BitPolicy.default(run.bits, run.scheme))
+            write_atomic(path, yaml.safe_dump(policy.to_dict(), sort_keys=False).encode())
+            flags += ["--policy", str(path)]
+        return [*flags, *run.ablation.flags, *self.flags, "--seed", str(run.seed), "--name", f"{self.name}/{run.name}"]
+
+    def flags_now(self, run: Run) -> list[str]:
+        """The flags of `tools/train.py` that start `run`, or continue it where it was stopped."""
+        directory = self.run_dir(run)
+        if (directory / "checkpoint.pt").is_file():
+            kept = train.make_parser().parse_args(self.flags)
+            return ["--resume", str(directory), *(["--data", str(kept.data)] if "data" in kept else [])]
+        if directory.exists():  # stopped before there was anything to continue
+            shutil.rmtree(directory)
+        for needed in run.needs:
+            if not (self.run_dir(needed) / "best.pt").is_file():
+                raise ApotfxError(
+                    f"{run.name}: needs {self.run_dir(needed) / 'best.pt'}, which is missing although that run is "
+                    f"finished; put the file back, or delete {self.run_dir(needed)} to train it again"
+                )
+        return self.new_flags(run)
+
+    def require_same(self, run: Run) -> None:
+        """Raises: ApotfxError: the finished `run` was trained with other settings than these."""
+        config = yaml.safe_load((self.run_dir(run) / "config.yaml").read_text())
+        had = TrainConfig(**config["arguments"])
+        args = train.make_parser().parse_args(self.new_flags(run))
+        wanted = train.make_config(train.explicit_settings(args))
+        policy = wanted.bit_policy().to_dict()
+        wanted = replace(wanted, policy=None, dataset=wanted.dataset or had.dataset)
+        if config["policy"] != policy:
+            raise ApotfxError(f"{self.run_dir(run)}: was trained with another policy; {self._fix(run)}")
+        for key, value in vars(wanted).items():
+            if getattr(had, key) != value:
+                flag = f"--{key.replace('_', '-')}"
+                raise ApotfxError(
+                    f"{self.run_dir(run)}: was trained with {flag} {getattr(had, key)}, this table asks for {value}; "
+                    f"{self._fix(run)}"
+                )
+
+    def _fix(self, run: Run) -> str:
+        return f"pass another --name, or delete {self.run_dir(run)} to train it again"
+
+
+class Executor(Protocol):
+    """Runs commands; the future of one holds its exit code."""
+
+    def submit(self, command: list[str], log: Path) -> "Future[int]": ...
+
+    def stop(self) -> None:
+        """End the commands that run, which write their checkpoints first."""
+
+
+def start_command(command: list[str], log: str, directory: str, environment: dict[str, str]) -> subprocess.Popen:
+    """`command`, started in `directory` with its output appended to `log`."""
+    with open(log, "a") as file:
+        return subprocess.Popen(
+            command, cwd=directory, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment,
+            start_new_session=True, close_fds=False,
+        )  # fmt: skip
+
+
+class LocalExecutor:
+    """On this machine: `jobs` at once, or `jobs` on each of its GPUs; the cores are divided among them."""
+
+    def __init__(self, jobs: int | None):
+        gpus = torch.cuda.device_count()
+        cores = os.cpu_count() or 1
+        jobs = jobs or (1 if gpus else cores)
+        places = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for _ in range(jobs) for gpu in range(gpus)] or [{}] * jobs
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // len(places)))}
+        self.places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for place in places:
+            self.places.put(place | threads)
+        self.pool = ThreadPoolExecutor(len(places))
+        self.processes: list[subprocess.Popen] = []
+
+    def submit(self, command: list[str], log: Path) -> "Future[int]":
+        return self.pool.submit(self._run, command, log)
+
+    def _run(self, command: list[str], log: Path) -> int:
+        place = self.places.get()
+        try:
+            process = start_command(command, str(log), os.getcwd(), place)
+            self.processes.append(process)
+            return process.wait()
+        finally:
+            self.places.put(place)
+
+    def stop(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.send_signal(signal.SIGINT)
+        self.pool.shutdown(wait=True)
+
+
+class RayExecutor:
+    """On a Ray cluster whose machines share this directory and have this environment: `jobs` on each machine or GPU.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it; "local" starts one on this machine.
+        jobs: how many share a GPU, or the cores of a machine as large as this one.
+    """
+
+    def __init__(self, address: str, jobs: int | None):
+        try:
+            import ray
+        except ImportError:
+            raise ApotfxError("--address: needs Ray; pip install 'apotfx[ray]', or leave the flag out") from None
+        self.ray = ray
+        cores = os.cpu_count() or 1
+        try:
+            ray.init(address=address, num_cpus=cores if address == "local" else None, log_to_driver=False,
+                     include_dashboard=False if address == "local" else None)  # fmt: skip
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ApotfxError(f"--address {address}: cannot be reached ({str(error).splitlines()[0]})") from None
+        if ray.cluster_resources().get("GPU"):
+            share, threads = {"num_gpus": 1 / (jobs or 1)}, 1
+        else:
+            threads = max(1, cores // (jobs or cores))
+            share = {"num_cpus": threads}
+        self.environment = {"OMP_NUM_THREADS": str(threads)}
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+        def run_command(command: list[str], *args) -> int:
+            return start_command(command, *args).wait()
+
+        self.task = ray.remote(max_retries=0, **share)(run_command)
+
+    def submit(self, command: list[str], log: Path) -> "Future[int]":
+        return self.task.remote(command, str(log), os.getcwd(), self.environment).future()
+
+    def stop(self) -> None:
+        self.ray.shutdown()
+
+
+def execute(runs: Iterable[Run], table: TableDirectory, executor: Executor) -> Iterator[tuple[Run, str | None]]:
+    """Train `runs`, which are in an order in which they can run; yields each as it ends, with what went wrong or None.
+
+    A run whose needed ones failed fails too. What is stopped by an exception here goes on from its checkpoint when it
+    is trained again.
+    """
+    waiting = list(runs)
+    unfinished, failed = set(waiting), set()
+    futures: dict[Future[int], Run] = {}
+    try:
+        while waiting or futures:
+            for run in list(waiting):
+                broken = [needed for needed in run.needs if needed in failed]
+                if broken:
+                    waiting.remove(run)
+                    failed.add(run)
+                    yield run, f"{broken[0].name} failed"
+                elif not unfinished.intersection(run.needs):
+                    waiting.remove(run)
+                    command = [sys.executable, str(TOOL), *table.flags_now(run)]
+                    futures[executor.submit(command, table.log(run))] = run
+            for future in wait(futures, return_when=FIRST_COMPLETED).done if futures else ():
+                run = futures.pop(future)
+                failure = _failure(future, table.log(run))
+                (failed.add if failure else unfinished.discard)(run)
+                yield run, failure
+    except BaseException:
+        executor.stop()
+        raise
+
+
+def _failure(future: "Future[int]", log: Path) -> str | None:
+    try:
+        code = future.result()
+    except Exception as error:  # whatever a cluster has to say of a machine that it lost
+        return (str(error) or type(error).__name__).splitlines()[0]
+    if code == 0:
+        return None
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+    return f"exit code {code}: {last} ({log})"
