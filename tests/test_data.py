@@ -195,6 +195,21 @@ def test_validation_images_are_fixed_disjoint_and_in_order(tmp_path, monkeypatch
     assert len(load_dataset("mnist", tmp_path).val) == 7
 
 
+def test_fewer_training_images_are_always_the_same_ones_in_order(tmp_path):
+    write_idx(tmp_path, num_train=200)
+    whole = load_dataset("mnist", tmp_path)
+    assert whole.with_train_images(None) is whole
+    torch.manual_seed(3)
+    first, again = whole.with_train_images(50), load_dataset("mnist", tmp_path).with_train_images(50)
+    assert torch.equal(first.train.images, again.train.images) and torch.equal(first.train.labels, again.train.labels)
+    positions = [(whole.train.images == image).flatten(1).all(1).nonzero().item() for image in first.train.images]
+    assert positions == sorted(set(positions)) and len(positions) == 50 and max(positions) > 50
+    assert torch.equal(whole.train.labels[positions], first.train.labels)
+    assert first.val is whole.val and first.test is whole.test
+    with pytest.raises(ApotfxError, match="--train-images 181: mnist has 180; pass at most that many"):
+        whole.with_train_images(181)
+
+
 def test_loading_leaves_the_global_generator_alone(tmp_path):
     write_images(tmp_path)
     before = torch.get_rng_state()

@@ -190,7 +190,9 @@ def test_float_then_teacher_then_lower_bits(run_float):
     result = json.loads((run_float / "result.json").read_text())
     assert result["bit"] == 32 and result["integer_test_acc"] is None and not (run_float / "integer").exists()
     teach = ["--pretrained", run_float / "best.pt", "--teacher", run_float / "best.pt", "--epochs", 1]
-    assert call("--bit", 4, "--name", "4", *teach) == 0
+    assert call("--bit", 4, "--name", "4", *teach, "--teacher", run_float / "best.pt") == 0
+    arguments = yaml.safe_load(Path("runs/4/config.yaml").read_text())["arguments"]
+    assert arguments["teacher"] == [str(run_float / "best.pt")] * 2
     assert (
         call("--bit", 2, "--name", "2", "--epochs", 1, "--lr", 1e-9, "--ema", 0, "--pretrained", "runs/4/best.pt") == 0
     )
@@ -205,7 +207,7 @@ def test_float_then_teacher_then_lower_bits(run_float):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--amp"], ["--recipe", "published"], ["--schedule", "step", "--label-smoothing", "0.1"], ["--profile"]],
+    [["--amp"], ["--recipe", "published"], ["--recipe", "best"], ["--train-images", "200", "--select", "last"], ["--schedule", "step", "--label-smoothing", "0.1"], ["--profile"]],
     ids=lambda flags: flags[0],
 )
 def test_other_ways_to_train(flags):

@@ -96,7 +96,7 @@ def write_report(directory: Path, command: str) -> list[Row]:
     """Write `table.json`, `table.md` and `accuracy.png` in `directory`; returns the rows."""
     rows = read_rows(directory)
     write_atomic(directory / "table.json", (json.dumps([row.to_dict() for row in rows], indent=1) + "\n").encode())
-    parts = [f"# What each recipe reaches\n\nBy `{command}`.\n", EXPLANATION]
+    parts = [f"# What each recipe reaches\n\nLast extended by `{command}`.\n", EXPLANATION]
     for recipe in dict.fromkeys(row.recipe for row in rows):
         parts.append(f"## {recipe}\n\n{accuracy_table([row for row in rows if row.recipe == recipe])}")
     if any(goal(row) for row in rows):
