@@ -17,7 +17,6 @@ from apotfx.training.recipes import RECIPES
         ({"bit": 9}, "--bit 9: expected 2 to 8, or 32"),
         ({"bit": 1}, "--bit 1: expected 2 to 8, or 32"),
         ({"train_images": 0}, "--train-images 0: expected at least 2"),
-        ({"select": "first"}, "--select first: expected one of best, last"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"batch_size": 1}, "--batch-size 1: expected at least 2"),
         ({"lr": 0.0}, "--lr 0.0: expected more than 0"),

@@ -119,19 +119,6 @@ def test_distillation_loss_against_its_formula(num_teachers):
     assert t._loss(logits, images, labels).item() == pytest.approx((0.75 * cross_entropy + 0.25 * kl).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("select, kept", [("best", 2), ("last", 3)])
-def test_which_epoch_is_kept(tmp_path, monkeypatch, select, kept):
-    accuracies = iter([50.0, 80.0, 70.0])
-    monkeypatch.setattr("apotfx.training.loop.evaluate", lambda *args: next(accuracies))
-    t = trainer(replace(CONFIG, epochs=3, select=select))
-    fit(t, tmp_path)
-    assert t.best == {"val_acc": [50.0, 80.0, 70.0][kept - 1], "epoch": kept}
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["epoch"] == kept
-    last = t.evaluated.state_dict()
-    assert all(torch.equal(best["model"][key], last[key]) for key in last) == (select == "last")
-
-
 @pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     whole = fit(trainer(), tmp_path / "whole")

@@ -101,7 +101,7 @@ class TestFlags:
         directory = TableDirectory("t", ["--epochs", "3"])
         flags = directory.new_flags(Run("resnet10", "uniform", 3, "published", 5))
         assert flags == [
-            "--arch", "resnet10", "--bit", "3", "--recipe", "published", "--select", "last", "--scheme", "uniform",
+            "--arch", "resnet10", "--bit", "3", "--recipe", "published", "--scheme", "uniform",
             "--epochs", "3", "--seed", "5", "--name", "t/published/resnet10-uniform3-s5",
         ]  # fmt: skip
 
@@ -243,7 +243,7 @@ class TestExecute:
     def test_each_job_has_a_gpu(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         executor = LocalExecutor(2)
-        command = ["sh", "-c", "while [ $(cat go* | wc -l) -lt 4 ]; do sleep 0.01; done; echo $CUDA_VISIBLE_DEVICES"]
+        command = ["sh", "-c", "while [ $(ls | grep -c ^go) -lt 4 ]; do sleep 0.01; done; echo $CUDA_VISIBLE_DEVICES"]
         futures = [executor.submit(command, tmp_path / "log") for _ in range(4)]
         for i in range(4):
             (tmp_path / f"go{i}").write_text("\n")
@@ -277,9 +277,10 @@ class TestWhole:
         for row in rows:
             for run in row["runs"]:
                 result = json.loads((finished / "runs/table" / run["directory"] / "result.json").read_text())
-                assert [result[key] for key in ("test_acc", "train_acc", "seed")] == [
-                    run[key] for key in ("test_acc", "train_acc", "seed")
-                ]
+                for split in ("test", "train", "val"):
+                    assert run[f"{split}_acc"] == result[f"last_{split}_acc"]
+                    assert run[f"best_epoch_{split}_acc"] == result[f"{split}_acc"]
+                assert run["seed"] == result["seed"]
                 assert run["config"]["arguments"]["train_images"] == 96
             for split in ("test", "train"):
                 a, b = (run[f"{split}_acc"] for run in row["runs"])
@@ -416,7 +417,7 @@ def test_without_ray(monkeypatch, capsys):
 def row(scheme, bits, accuracies, recipe="default", dataset="mnist", arch="resnet10"):
     config = {"arguments": {"dataset": dataset, "train_images": None}}
     runs = tuple(
-        {"seed": seed, "test_acc": acc, "train_acc": acc, "val_acc": acc, "config": config, "directory": f"d/{seed}"}
+        {"seed": seed, "config": config, "directory": f"d/{seed}"} | {f"{m}_acc": acc for m in table_report.MEASURES}
         for seed, acc in accuracies.items()
     )
     return table_report.Row(arch, scheme, bits, recipe, runs)

@@ -207,7 +207,7 @@ def test_float_then_teacher_then_lower_bits(run_float):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--amp"], ["--recipe", "published"], ["--recipe", "best"], ["--train-images", "200", "--select", "last"], ["--schedule", "step", "--label-smoothing", "0.1"], ["--profile"]],
+    [["--amp"], ["--recipe", "published"], ["--recipe", "best"], ["--train-images", "200"], ["--schedule", "step", "--label-smoothing", "0.1"], ["--profile"]],
     ids=lambda flags: flags[0],
 )
 def test_other_ways_to_train(flags):

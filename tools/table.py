@@ -76,7 +76,7 @@ def require_free(flags: list[str]) -> None:
         given = vars(train.make_parser().parse_args(flags))
     except SystemExit:
         raise ApotfxError(f"-- {shlex.join(flags)}: not flags of tools/train.py; see its --help") from None
-    taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate", "select"}
+    taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate"}
     for key in sorted(taken.intersection(given)):
         raise ApotfxError(f"-- --{key}: the table sets it; leave it out")
 

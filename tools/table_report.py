@@ -17,6 +17,7 @@ from apotfx.policy import FLOAT_BITS
 from apotfx.training.recipes import RECIPES
 
 SPLITS = ("test", "train", "val")
+MEASURES = (*SPLITS, "best_epoch_test")
 # Accuracy in percent on the training images of MNIST, as published; see the README.
 PUBLISHED = {
     ("resnet18", "apot"): {5: 99.58, 4: 99.49, 3: 99.30, 2: 98.45},
@@ -41,21 +42,21 @@ class Row:
     def seeds(self) -> list[int]:
         return [run["seed"] for run in self.runs]
 
-    def accuracies(self, split: str) -> list[float]:
-        return [run[f"{split}_acc"] for run in self.runs]
+    def accuracies(self, measure: str) -> list[float]:
+        return [run[f"{measure}_acc"] for run in self.runs]
 
-    def mean(self, split: str) -> float:
-        return statistics.fmean(self.accuracies(split))
+    def mean(self, measure: str) -> float:
+        return statistics.fmean(self.accuracies(measure))
 
-    def std(self, split: str) -> float | None:
+    def std(self, measure: str) -> float | None:
         """The standard deviation of the population that the seeds are drawn from; None with one seed."""
-        return statistics.stdev(self.accuracies(split)) if len(self.runs) > 1 else None
+        return statistics.stdev(self.accuracies(measure)) if len(self.runs) > 1 else None
 
     def to_dict(self) -> dict:
         statistic = {
-            f"{split}_{name}": None if value is None else round(value, 4)
-            for split in SPLITS
-            for name, value in (("mean", self.mean(split)), ("std", self.std(split)))
+            f"{measure}_{name}": None if value is None else round(value, 4)
+            for measure in MEASURES
+            for name, value in (("mean", self.mean(measure)), ("std", self.std(measure)))
         }
         facts = {"arch": self.arch, "scheme": self.scheme, "bits": self.bits, "recipe": self.recipe}
         return {**facts, "seeds": self.seeds, **statistic, "runs": list(self.runs)}
@@ -72,7 +73,9 @@ def read_rows(directory: Path) -> list[Row]:
         scheme = "float" if bits == FLOAT_BITS else arguments["scheme"]
         run = {
             "seed": result["seed"],
-            **{f"{split}_acc": result[f"{split}_acc"] for split in SPLITS},
+            **{f"{split}_acc": result[f"last_{split}_acc"] for split in SPLITS},
+            **{f"best_epoch_{split}_acc": result[f"{split}_acc"] for split in SPLITS},
+            "best_epoch": result["best_epoch"],
             "integer_test_acc": result["integer_test_acc"],
             "seconds": result["seconds"],
             "directory": str(path.parent.relative_to(directory)),
@@ -115,6 +118,7 @@ EXPLANATION = """\
 Accuracy in percent: mean and standard deviation over the seeds, of the weights after the last epoch (their moving
 average, where the recipe keeps one). "Test" is on the test images, which nothing was chosen by; "training" on all
 training images without augmentation, those held out for validation included: the protocol of the published table.
+"Best epoch" is on the test images too, by the weights of the epoch that was best on the validation images.
 """
 GOALS = """\
 The published figures are accuracies on training images; here they are goals for the mean on test images.
@@ -127,14 +131,14 @@ that the runs show no difference.
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-    headers = ["network", "bits", "scheme", "seeds", "test", "training", "validation", "runs"]
+    headers = ["network", "bits", "scheme", "seeds", "test", "training", "validation", "best epoch", "runs"]
     return markdown(
         headers,
         [
             [
                 row.arch, "float" if row.bits == FLOAT_BITS else row.bits, row.scheme,
                 ", ".join(map(str, row.seeds)),
-                *(with_spread(row.mean(split), row.std(split)) for split in SPLITS),
+                *(with_spread(row.mean(measure), row.std(measure)) for measure in MEASURES),
                 " ".join(f"[{run['seed']}]({run['directory']})" for run in row.runs),
             ]
             for row in rows

@@ -163,7 +163,7 @@ class TableDirectory:
     def new_flags(self, run: Run) -> list[str]:
         """The flags of `tools/train.py` for a fresh start of `run`; writes the policy file of an ablation."""
         recipe = "best" if run.recipe in ABLATIONS else run.recipe
-        flags = ["--arch", run.arch, "--bit", str(run.bits), "--recipe", recipe, "--select", "last"]
+        flags = ["--arch", run.arch, "--bit", str(run.bits), "--recipe", recipe]
         if run.scheme != FLOAT:
             flags += ["--scheme", run.scheme]
         if run.pretrained is not None:

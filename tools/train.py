@@ -35,7 +35,7 @@ from apotfx.training.distributed import Processes, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
 from apotfx.training.recipes import RECIPES
-from apotfx.training.run import create_run_dir, report, result_table, write_config
+from apotfx.training.run import accuracies, create_run_dir, report, result_table, write_config
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -73,9 +73,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--ema", type=float, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})"
     )
     how.add_argument("--augment", help=f"{', '.join(AUGMENTATIONS)} (default {d['augment']})")
-    how.add_argument(
-        "--select", help=f"epoch to test and export: best on validation images, or last (default {d['select']})"
-    )
     how.add_argument("--label-smoothing", type=float, help=f"(default {d['label_smoothing']})")
     how.add_argument("--clip-init", help=f"{', '.join(CLIP_INITS)} (default {d['clip_init']})")
     how.add_argument(
@@ -285,8 +282,11 @@ def train(job: Job) -> None:
                 monitor.graph(network.qmodel)
             trainer.fit(run_dir, monitor, print_freq=job.args.print_freq, profile="profile" in job.args)
             processes.wait()
-            load_state(network.qmodel, read_checkpoint(run_dir / "best.pt"))
             facts = {"seconds": round(trainer.seconds, 1), "best_epoch": trainer.best["epoch"]}
+            with trainer.clock("final evaluation"):
+                last = accuracies(trainer.evaluated, dataset, network.image_size, device, processes)
+            facts |= {f"last_{key}": value for key, value in last.items()}
+            load_state(network.qmodel, read_checkpoint(run_dir / "best.pt"))
             result = report(network, config, dataset, device, processes, run_dir, facts, trainer.clock)
             metrics = {key: value for key, value in result.items() if key.endswith("_acc") and value is not None}
             monitor.hparams({key: value for key, value in asdict(config).items() if key != "policy"}, metrics)

@@ -12,7 +12,6 @@ from apotfx.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "cosine", "onecycle", "step")
 AUGMENTATIONS = ("default", "strong", "flip", "none")
-SELECTIONS = ("best", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class TrainConfig:
             3/10 up, then a cosine to 0; "step": a tenth from half of the run on, a hundredth from 3/4 on.
         ema: decay of the exponential moving average of the weights that is evaluated and exported; 0 for none.
         augment: "default" or "strong" for the data set's own, "flip" for mirrored images alone, "none".
-        select: the epoch whose weights are tested and exported: "best" on validation images, or "last".
         label_smoothing: of the cross-entropy, 0 to 1.
         clip_init: how clips are found, from the first batches: a method of `apotfx.calibrate`.
         clip_lr: factor on the learning rate of the clips.
@@ -71,7 +69,6 @@ class TrainConfig:
     schedule: str = "onecycle"
     ema: float = 0.998
     augment: str = "default"
-    select: str = "best"
     label_smoothing: float = 0.0
     clip_init: str = "mse"
     clip_lr: float = 1.0
@@ -94,7 +91,6 @@ class TrainConfig:
         )  # fmt: skip
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _require(self.augment in AUGMENTATIONS, "augment", self.augment, f"one of {', '.join(AUGMENTATIONS)}")
-        _require(self.select in SELECTIONS, "select", self.select, f"one of {', '.join(SELECTIONS)}")
         _require(self.clip_init in CLIP_INITS, "clip-init", self.clip_init, f"one of {', '.join(CLIP_INITS)}")
         _require(self.engine in ("auto", *ENGINES), "engine", self.engine, f"one of auto, {', '.join(ENGINES)}")
         _require(self.train_images is None or self.train_images >= 2, "train-images", self.train_images, "at least 2")

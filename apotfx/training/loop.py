@@ -282,8 +282,7 @@ class Trainer:
             val_acc = evaluate(
                 self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes
             )
-        # Of equals the later one, which has trained longer.
-        if self.config.select == "last" or val_acc >= self.best["val_acc"]:
+        if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
             if self.processes.is_main:
                 best = self._identity() | {"model": self.evaluated.state_dict()} | self.best

@@ -107,6 +107,20 @@ def _git_commit() -> str | None:
         return None
 
 
+def accuracies(
+    model: nn.Module, dataset: Dataset, image_size: int, device: torch.device, processes: Processes
+) -> dict[str, float]:
+    """Accuracy of `model` in evaluation mode on all splits, in percent.
+
+    `train_acc` is over all training images, those held out for validation included, without augmentation: the
+    published table's protocol.
+    """
+    splits = {"test_acc": dataset.test, "train_acc": dataset.all_train, "val_acc": dataset.val}
+    return {
+        key: round(evaluate(model, split, dataset, image_size, device, processes), 4) for key, split in splits.items()
+    }
+
+
 def report(
     network: Network,
     config: TrainConfig,
@@ -125,16 +139,11 @@ def report(
         clock: what it measured before goes into the result with what this takes.
 
     Returns:
-        The result: names, settings, and accuracies in percent. `train_acc` is over all training images, those held out
-        for validation included, without augmentation: the published table's protocol.
+        The result: names, settings, and `accuracies`.
     """
     model = network.qmodel
-    splits = {"test_acc": dataset.test, "train_acc": dataset.all_train, "val_acc": dataset.val}
     with clock("final evaluation"):
-        accuracies = {
-            key: round(evaluate(model, split, dataset, network.image_size, device, processes), 4)
-            for key, split in splits.items()
-        }
+        reached = accuracies(model, dataset, network.image_size, device, processes)
     bit, scheme = _bit_and_scheme(config)
     result = {
         "dataset": dataset.name,
@@ -143,7 +152,7 @@ def report(
         "scheme": scheme,
         "recipe": config.recipe,
         "epochs": config.epochs,
-        **accuracies,
+        **reached,
         "integer_test_acc": None,
         "seed": config.seed,
         **facts,

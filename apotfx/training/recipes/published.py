@@ -1,6 +1,6 @@
 """The hyperparameters that the published MNIST networks were trained with, and their policy (`BitPolicy.published`).
 
-    python tools/train.py --recipe published --arch resnet10 --bit 4 --select last
+    python tools/train.py --recipe published --arch resnet10 --bit 4
 
 One learning rate throughout, no average of the weights, and flips, which mirror digits. Inputs of the first and the last
 layer stay in float.
