@@ -98,6 +98,18 @@ def test_the_export_of_a_run_gives_the_accuracy_that_it_reports(run_4_bit):
     assert accuracy == pytest.approx(json.loads((run_4_bit / "result.json").read_text())["integer_test_acc"], abs=1e-3)
 
 
+def test_the_last_epoch_is_reported_beside_the_best():
+    # Without an average and at this rate the second epoch is worse than the first.
+    assert call("--bit", 4, "--epochs", 2, "--name", "r", "--lr", 2, "--ema", 0, "--schedule", "constant") == 0
+    result = json.loads(Path("runs/r/result.json").read_text())
+    for name, prefix in (("best.pt", ""), ("checkpoint.pt", "last_")):
+        assert train.main(["-e", "--pretrained", f"runs/r/{name}", "--name", name]) == 0
+        again = json.loads(Path(f"runs/{name}/result.json").read_text())
+        for key in ("test_acc", "train_acc", "val_acc"):
+            assert result[prefix + key] == again[key]
+    assert (result["best_epoch"] == 2) == (result["val_acc"] == result["last_val_acc"])
+
+
 def test_the_events_of_a_run_show_what_quantization_does(run_4_bit):
     accumulator = EventAccumulator(str(run_4_bit)).Reload()
     events = accumulator.Tags()

@@ -17,7 +17,7 @@ import torch
 from apotfx.engine import ENGINES, Choice
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
-from apotfx.policy import BitPolicy
+from apotfx.policy import FLOAT_BITS, BitPolicy
 from apotfx.rewrite import plan
 from apotfx.training.build import (
     Network,
@@ -34,7 +34,7 @@ from apotfx.training.data import DATASETS, Dataset, load_dataset
 from apotfx.training.distributed import Processes, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
-from apotfx.training.recipes import RECIPES
+from apotfx.training.recipes import RECIPES, settings_of
 from apotfx.training.run import accuracies, create_run_dir, report, result_table, write_config
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -129,8 +129,8 @@ def explicit_settings(args: argparse.Namespace) -> dict:
 
 def make_config(given: dict) -> TrainConfig:
     """The recipe, changed by what was given."""
-    recipe = given.get("recipe", "default")
-    return TrainConfig(**(RECIPES.get(recipe, {}) | given))
+    is_float = given.get("bit") == FLOAT_BITS and "policy" not in given
+    return TrainConfig(**(settings_of(given.get("recipe", "default"), is_float=is_float) | given))
 
 
 def require_same(checkpoint: Checkpoint, given: dict, flag: str, keys: set[str] | None = None) -> TrainConfig:
