@@ -240,15 +240,19 @@ class TestExecute:
         assert executor.submit(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path / "log").result() == 0
         assert (tmp_path / "log").read_text() == "3\n"
 
-    def test_each_job_has_a_gpu(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("visible, gpus", [(None, "0 1"), ("3,5", "3 5")])
+    def test_each_job_has_a_gpu(self, tmp_path, monkeypatch, visible, gpus):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         executor = LocalExecutor(2)
         command = ["sh", "-c", "while [ $(ls | grep -c ^go) -lt 4 ]; do sleep 0.01; done; echo $CUDA_VISIBLE_DEVICES"]
         futures = [executor.submit(command, tmp_path / "log") for _ in range(4)]
         for i in range(4):
             (tmp_path / f"go{i}").write_text("\n")
         assert [future.result() for future in futures] == [0] * 4
-        assert sorted((tmp_path / "log").read_text().split()) == ["0", "0", "1", "1"]
+        assert sorted((tmp_path / "log").read_text().split()) == sorted(2 * gpus.split())
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +364,7 @@ def wait_for(condition, seconds=120):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_stopped_table_goes_on_to_the_same_weights(number, monkeypatch):
     quick = [*QUICK[:4], "--epochs", "6", "--train-images", "320", "--batch-size", "32"]
-    flags = ["--archs", "resnet10", "--bits", "3", "--schemes", "apot", "--seeds", "0", "--jobs", "1"]
+    flags = ["--archs", "resnet10", "--bits", "3", "--schemes", "apot", "--seeds", "0", "--jobs", "2"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
         [sys.executable, TOOL, *flags, "--name", "stopped", "--", *quick], stderr=subprocess.PIPE, text=True,

@@ -88,8 +88,9 @@ def run(args: argparse.Namespace) -> bool:
     wanted = with_needed(matrix(args))
     with table.locked():
         finished = [run for run in wanted if table.is_finished(run)]
-        for each in finished:
-            table.require_same(each)
+        for each in wanted:
+            if table.is_finished(each) or table.is_started(each):
+                table.require_same(each)
         missing = [run for run in wanted if run not in finished]
         if args.dry_run:
             for each in missing:

@@ -171,7 +171,7 @@ def goal_table(rows: Sequence[Row]) -> str:
                     for row in found
                 ]
                 lines.append([arch, bits, scheme, f"{figure:.2f}", *reached])
-    return markdown(["network", "bits", "scheme", "published", *recipes], lines)
+    return markdown(["network", "bits", "scheme", "published figure", *recipes], lines)
 
 
 @dataclass(frozen=True)

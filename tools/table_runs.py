@@ -147,6 +147,10 @@ class TableDirectory:
     def is_finished(self, run: Run) -> bool:
         return (self.run_dir(run) / "result.json").is_file()
 
+    def is_started(self, run: Run) -> bool:
+        """Whether there is something to continue."""
+        return (self.run_dir(run) / "checkpoint.pt").is_file()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Raises: ApotfxError: another process works on this table."""
@@ -181,7 +185,7 @@ class TableDirectory:
     def flags_now(self, run: Run) -> list[str]:
         """The flags of `tools/train.py` that start `run`, or continue it where it was stopped."""
         directory = self.run_dir(run)
-        if (directory / "checkpoint.pt").is_file():
+        if self.is_started(run):
             kept = train.make_parser().parse_args(self.flags)
             return ["--resume", str(directory), *(["--data", str(kept.data)] if "data" in kept else [])]
         if directory.exists():  # stopped before there was anything to continue
@@ -195,7 +199,7 @@ class TableDirectory:
         return self.new_flags(run)
 
     def require_same(self, run: Run) -> None:
-        """Raises: ApotfxError: the finished `run` was trained with other settings than these."""
+        """Raises: ApotfxError: `run`, which was finished or stopped, had other settings than these."""
         config = yaml.safe_load((self.run_dir(run) / "config.yaml").read_text())
         had = TrainConfig(**config["arguments"])
         args = train.make_parser().parse_args(self.new_flags(run))
@@ -238,10 +242,11 @@ class LocalExecutor:
     """On this machine: `jobs` at once, or `jobs` on each of its GPUs; the cores are divided among them."""
 
     def __init__(self, jobs: int | None):
-        gpus = torch.cuda.device_count()
         cores = os.cpu_count() or 1
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         jobs = jobs or (1 if gpus else cores)
-        places = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for _ in range(jobs) for gpu in range(gpus)] or [{}] * jobs
+        places = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus] or [{}] * jobs
         threads = {"OMP_NUM_THREADS": str(max(1, cores // len(places)))}
         self.places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for place in places:
