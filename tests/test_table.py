@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ class TestFlags:
         (["--bits", "9"], "argument --bits: got '9', expected one of 2, 3, 4, 5, 6, 7, 8, 32"),
         (["--recipes", "worst"], "argument --recipes: got 'worst', expected one of published, default, best, best-no-"),
         (["--seeds", "-1"], "argument --seeds: "),
+        (["--name", "../x"], "--name '../x': expected the name of a directory in runs, such as 'a' or 'a/b'"),
         (["--jobs", "0"], "argument --jobs: got '0', expected a whole number of at least 1"),
     ],
 )
@@ -322,7 +324,7 @@ class TestWhole:
         assert call(*ONE, "--dry-run") == 0
         line = capsys.readouterr().out.strip()
         assert line.startswith("python tools/train.py --arch resnet10 --bit 3 ")
-        assert not list(Path("runs").rglob("config.yaml"))
+        assert not Path("runs").exists()
 
     def test_another_process_works_on_it(self, capsys):
         Path("runs/table/logs").mkdir(parents=True)
@@ -330,6 +332,38 @@ class TestWhole:
             fcntl.flock(file, fcntl.LOCK_EX)
             assert call(*SMALLEST) == 2
         assert "runs/table: another table.py works on it; wait, or pass another --name" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "file, content, message",
+        [
+            ("result.json", '{"se', "result.json: cannot be read (Unterminated string"),
+            ("result.json", "{}", "result.json: cannot be read (has no seed, last_test_acc); put it back, or delete"),
+            ("config.yaml", "{", "config.yaml: cannot be read (while parsing"),
+            ("config.yaml", None, "config.yaml: cannot be read ([Errno 2]"),
+        ],
+    )
+    def test_a_damaged_run_is_named(self, finished, capsys, file, content, message):
+        shutil.copytree(finished / "runs", "runs")
+        path = Path("runs/table/default/resnet10-apot3-s1") / file
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        assert call(*SMALLEST) == 2
+        error = capsys.readouterr().err
+        assert f"table.py: error: {path.parent}/{message}" in error and error.count("\n") == 1
+
+    def test_a_stopped_run_of_other_settings_is_refused(self, finished, capsys):
+        shutil.copytree(finished / "runs", "runs")
+        Path("runs/table/default/resnet10-apot3-s1/result.json").unlink()
+        assert call(*SMALLEST, quick=[*QUICK, "--lr", "0.2"]) == 2
+        assert "was trained with --lr 0.1, this table asks for 0.2" in capsys.readouterr().err
+
+    def test_what_was_stopped_before_its_first_checkpoint_starts_anew(self):
+        directory = Path("runs/table/default/resnet10-apot3-s0")
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text("half")
+        assert call(*ONE) == 0
+        assert (directory / "result.json").is_file()
 
     def test_a_failed_run_is_told_and_tried_again(self, capsys):
         assert call(*ONE, quick=[*QUICK, "--batch-size", "1000"]) == 1

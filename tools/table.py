@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import train
 from bench_common import Parser, markdown, positive, several, some_of
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> bool:
     require_free(args.flags)
     table = TableDirectory(args.name, args.flags)
     wanted = with_needed(matrix(args))
-    with table.locked():
+    with nullcontext() if args.dry_run else table.locked():
         finished = [run for run in wanted if table.is_finished(run)]
         for each in wanted:
             if table.is_finished(each) or table.is_started(each):

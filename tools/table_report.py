@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from bench_common import markdown
+from table_runs import read_config, read_result
 
 from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS
@@ -66,8 +66,7 @@ def read_rows(directory: Path) -> list[Row]:
     """The rows of all finished runs below `directory`: by recipe as `RECIPES` has them, network, bits and scheme."""
     groups = defaultdict(list)
     for path in directory.glob("*/*/result.json"):
-        result = json.loads(path.read_text())
-        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        result, config = read_result(path.parent), read_config(path.parent)
         arguments = config["arguments"]
         bits = arguments["bit"]
         scheme = "float" if bits == FLOAT_BITS else arguments["scheme"]

@@ -1,6 +1,7 @@
 """The runs of a table: what each is, what it is trained with, and how several run at once."""
 
 import fcntl
+import json
 import os
 import queue
 import shutil
@@ -23,7 +24,7 @@ from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS, BitPolicy
 from apotfx.training.config import TrainConfig
 from apotfx.training.recipes import RECIPES, best
-from apotfx.training.run import RUNS
+from apotfx.training.run import run_path
 
 FLOAT = "float"
 TOOL = Path(train.__file__).resolve()
@@ -125,6 +126,29 @@ def with_needed(runs: Iterable[Run]) -> list[Run]:
     return list(ordered)
 
 
+def read_config(run_dir: Path) -> dict:
+    """What `config.yaml` says. Raises: ApotfxError: it is missing or damaged."""
+    return _read(run_dir, "config.yaml", yaml.safe_load, ("arguments", "policy"))
+
+
+def read_result(run_dir: Path) -> dict:
+    """What `result.json` says. Raises: ApotfxError: it is damaged."""
+    return _read(run_dir, "result.json", json.loads, ("seed", "last_test_acc"))
+
+
+def _read(run_dir: Path, name: str, parse: Callable[[str], object], keys: tuple[str, ...]) -> dict:
+    try:
+        content = parse((run_dir / name).read_text())
+        if all(key in content for key in keys):
+            return content
+        problem = f"has no {', '.join(key for key in keys if key not in content)}"
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        problem = str(error).splitlines()[0]
+    raise ApotfxError(
+        f"{run_dir / name}: cannot be read ({problem}); put it back, or delete {run_dir} to train it again"
+    )
+
+
 class TableDirectory:
     """The directory `runs/<name>` with a directory per run, which says by what it holds how far the run has come.
 
@@ -135,7 +159,7 @@ class TableDirectory:
 
     def __init__(self, name: str, flags: Sequence[str] = ()):
         self.name, self.flags = name, list(flags)
-        self.path = RUNS / name
+        self.path = run_path(name)
 
     def run_dir(self, run: Run) -> Path:
         return self.path / run.name
@@ -200,8 +224,8 @@ class TableDirectory:
 
     def require_same(self, run: Run) -> None:
         """Raises: ApotfxError: `run`, which was finished or stopped, had other settings than these."""
-        config = yaml.safe_load((self.run_dir(run) / "config.yaml").read_text())
-        had = TrainConfig(**config["arguments"])
+        config = read_config(self.run_dir(run))
+        had = TrainConfig.from_dict(config["arguments"], str(self.run_dir(run) / "config.yaml"))
         args = train.make_parser().parse_args(self.new_flags(run))
         wanted = train.make_config(train.explicit_settings(args))
         policy = wanted.bit_policy().to_dict()

@@ -31,6 +31,13 @@ from apotfx.training.loop import EVAL_BATCH_SIZE, Stopwatch, evaluate
 RUNS = Path("runs")
 
 
+def run_path(name: str) -> Path:
+    """`runs/<name>`. Raises: ApotfxError: that would lie elsewhere."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise ApotfxError(f"--name {name!r}: expected the name of a directory in {RUNS}, such as 'a' or 'a/b'")
+    return RUNS / name
+
+
 def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
     """A new directory `runs/<name>`; without a name one is made up from the configuration and numbered.
 
@@ -41,9 +48,7 @@ def create_run_dir(name: str | None, config: TrainConfig, dataset: str) -> Path:
         ApotfxError: the name exists.
     """
     if name is not None:
-        if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
-            raise ApotfxError(f"--name {name!r}: expected the name of a directory in {RUNS}, such as 'a' or 'a/b'")
-        path = RUNS / name
+        path = run_path(name)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
