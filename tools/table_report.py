@@ -201,7 +201,7 @@ def paired_differences(rows: Iterable[Row]) -> list[Paired]:
     schemes: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         schemes[row.recipe, row.arch, row.bits][row.scheme] = row
-    single, pooled = [], defaultdict(list)
+    single, pooled, networks = [], defaultdict(list), defaultdict(set)
     for (recipe, arch, bits), of in schemes.items():
         if {"apot", "uniform"} <= of.keys():
             apot, uniform = (dict(zip(of[s].seeds, of[s].accuracies("test"))) for s in ("apot", "uniform"))
@@ -209,7 +209,13 @@ def paired_differences(rows: Iterable[Row]) -> list[Paired]:
             single.append(Paired((arch, str(bits), recipe), differences))
             for group in (("all", str(bits), recipe), ("all", "all", recipe)):
                 pooled[group] += differences
-    every = [*single, *(Paired(where, tuple(differences)) for where, differences in pooled.items())]
+            networks[recipe].add(arch)
+    over_networks = [
+        Paired(where, tuple(differences))
+        for where, differences in pooled.items()
+        if where[1] == "all" or len(networks[where[2]]) > 1
+    ]
+    every = [*single, *sorted(over_networks, key=lambda pair: pair.where[1] == "all")]
     return [pair for pair in every if len(pair.differences) > 1]
 
 
