@@ -145,8 +145,13 @@ def test_what_is_there_is_not_run_again(output, no_process, capsys):
     assert f"1 of 1 ok; {output / 'zoo.md'}" in capsys.readouterr().out
 
 
+def never_end(list_name, name, bits, scheme, send):
+    signal.pause()
+
+
 def test_a_network_that_takes_too_long_is_a_row_that_can_be_run_again(tmp_path, capsys, no_process, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(zoo, "examine", never_end)
     assert call(tmp_path, "--timeout", "1") == 1
     row = rows_of(tmp_path)[NAME]
     assert row["status"].endswith(": took longer than 1 s") and row["list"] == "classification"
@@ -231,7 +236,9 @@ def test_layers_in_float_are_told_with_their_reason(examined):
 
     row = examined(lambda name: subject(Heads()))[-1]
     assert row["unquantized"] == {"float: never called by the model's forward": ["auxiliary.0", "auxiliary.1"]}
-    assert "Layers in float, by reason:\n\n- float: never called by the model's forward: net (2)" in zoo.report({}, [row])
+    assert "Layers in float, by reason:\n\n- float: never called by the model's forward: net (2)" in zoo.report(
+        {}, [row]
+    )
 
 
 def test_reasons_that_differ_in_numbers_of_blocks_are_one():
