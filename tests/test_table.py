@@ -69,8 +69,8 @@ class TestWhichRuns:
         assert all(run.teachers == TEACHERS for run in chain)
         assert FLOAT_10.needs == ()
 
-    @pytest.mark.parametrize("bits, higher", [(8, None), (6, None)])
-    def test_bits_above_the_lowering_start_from_float(self, bits, higher):
+    @pytest.mark.parametrize("bits", [8, 6, 5])
+    def test_bits_above_the_lowering_start_from_float(self, bits):
         assert Run("resnet10", "apot", bits, "best", 7).pretrained == FLOAT_10
 
     def test_ablations_of_what_a_run_starts_from(self):

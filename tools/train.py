@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--teacher",
         metavar="CKPT",
         action="append",
-        help="distil from this float network; several times: from all of them together",
+        help="distil from this float network; several times: from each in turn, step by step",
     )
     how.add_argument(
         "--teacher-weight", type=float, help=f"share of distillation in the loss (default {d['teacher_weight']})"

@@ -41,7 +41,7 @@ class TrainConfig:
         label_smoothing: of the cross-entropy, 0 to 1.
         clip_init: how clips are found, from the first batches: a method of `apotfx.calibrate`.
         clip_lr: factor on the learning rate of the clips.
-        teacher: checkpoints of float networks to distil from, all together.
+        teacher: checkpoints of float networks to distil from, one in each step, in turn.
         teacher_weight: share of the distillation term in the loss, 0 to 1.
         temperature: of the distillation's softmax.
         pretrained: checkpoint that the weights start from; None for fresh ones.

@@ -157,7 +157,7 @@ class Trainer:
         model: the network, on `device`.
         dataset: training images are learned from, validation images choose the best epoch.
         image_size: height and width of the network's input.
-        teachers: float networks to distil from, on `device`.
+        teachers: float networks to distil from, each in its turn of the steps, on `device`.
         device: where to train.
         processes: this process and the others.
     """
@@ -261,10 +261,10 @@ class Trainer:
         if not self.teachers:
             return loss
         # Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
-        t = self.config.temperature
+        # The gradient is linear in the teacher's probabilities: in turn, teachers teach the mean of theirs.
+        t, teacher = self.config.temperature, self.teachers[self.step % len(self.teachers)]
         with torch.no_grad():
-            targets = torch.stack([F.log_softmax(teacher(images).float() / t, 1) for teacher in self.teachers])
-            target = targets.logsumexp(0) - math.log(len(self.teachers))  # of the mean of their probabilities
+            target = F.log_softmax(teacher(images).float() / t, 1)
         distillation = F.kl_div(F.log_softmax(logits / t, 1), target, reduction="batchmean", log_target=True) * t * t
         return torch.lerp(loss, distillation, self.config.teacher_weight)
 
