@@ -236,7 +236,7 @@ class TestExecute:
         assert table_runs._failure(future, tmp_path / "log") == f"exit code 3: why ({tmp_path / 'log'})"
 
     def test_the_cores_are_divided(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(os, "cpu_count", lambda: 6)
+        monkeypatch.setattr(table_runs, "usable_cores", lambda: 6)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         executor = LocalExecutor(2)
         assert executor.submit(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path / "log").result() == 0

@@ -153,17 +153,21 @@ def ratio_quartiles(seconds: Sequence[float], base: Sequence[float]) -> tuple[fl
     return quartiles([mine / other for mine, other in zip(seconds, base)])
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_machine(device: str, threads: int | list[int]) -> dict:
     """What the figures depend on."""
     packages = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = {"GPU": torch.cuda.get_device_name(device)} if device != "cpu" else {}
     return {
         "processor": processor_name(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": threads,
         **gpu,
         "system": platform.platform(),

@@ -36,6 +36,7 @@ from bench_common import (
     some_of,
     spread,
     time_in_turns,
+    usable_cores,
 )
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
@@ -449,7 +450,7 @@ def add_parser(commands) -> None:
         "Time the integer network of every backend, and float and 8-bit networks of PyTorch and onnxruntime, in turns, "
         f"and print Markdown. {BASE} always runs, as the ratios, per round, refer to it."
     ))  # fmt: skip
-    threads = list(range(1, min(2, os.cpu_count() or 1) + 1))
+    threads = list(range(1, min(2, usable_cores()) + 1))
     add = inference.add_argument
     # fmt: off
     add("--network", metavar="A,B", type=some_of(NETWORKS), default=["resnet18", "mnist-resnet18"],

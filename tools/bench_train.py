@@ -36,6 +36,7 @@ from bench_common import (
     some_of,
     spread,
     time_in_turns,
+    usable_cores,
 )
 from torch import nn
 
@@ -458,7 +459,7 @@ def add_parsers(commands) -> None:
     add("--image-size", metavar="N", type=positive, help="in pixels (default: the network's)")
     add("--memory-format", metavar="NAME", type=one_of(MEMORY_FORMATS), default="channels-last",
         help=f"of convolutional networks: {' or '.join(MEMORY_FORMATS)} (default channels-last)")
-    add("--threads", metavar="N", type=positive, default=min(2, os.cpu_count() or 1), help="(default 2)")
+    add("--threads", metavar="N", type=positive, default=min(2, usable_cores()), help="(default 2)")
     add("--rounds", metavar="N", type=positive, default=15, help="steps that are timed (default 15)")
     add("--warmup", metavar="N", type=positive, default=3, help="steps before them (default 3)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")

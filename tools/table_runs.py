@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import train
 import yaml
+from bench_common import usable_cores
 
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
@@ -266,7 +267,7 @@ class LocalExecutor:
     """On this machine: `jobs` at once, or `jobs` on each of its GPUs; the cores are divided among them."""
 
     def __init__(self, jobs: int | None):
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         jobs = jobs or (1 if gpus else cores)
@@ -311,7 +312,7 @@ class RayExecutor:
         except ImportError:
             raise ApotfxError("--address: needs Ray; pip install 'apotfx[ray]', or leave the flag out") from None
         self.ray = ray
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         try:
             ray.init(address=address, num_cpus=cores if address == "local" else None, log_to_driver=False,
                      include_dashboard=False if address == "local" else None)  # fmt: skip
