@@ -476,12 +476,12 @@ class TestReport:
 
     def test_pairs_have_equal_seeds(self):
         rows = [row("apot", 3, {0: 99.2, 1: 99.5, 2: 99.3}), row("uniform", 3, {1: 99.4, 2: 99.0, 3: 98.0})]
-        single, *pooled = table_report.paired_differences(rows)
-        assert single.where == ("resnet10", "3", "default")
+        single, *pooled = table_report.apot_minus_uniform(rows)
+        assert single.where == ("default", "resnet10", "3")
         assert single.differences == pytest.approx((0.1, 0.3))
         # Student's t for one degree of freedom is 12.706 at 97.5%.
         assert single.interval == pytest.approx((0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1), abs=1e-4)
-        assert [pair.where[:2] for pair in pooled] == [("all", "all")]  # over one network there is nothing to pool
+        assert [pair.where[1:] for pair in pooled] == [("all", "all")]  # over one network there is nothing to pool
 
     def test_pairs_are_pooled_over_networks_and_bits(self):
         rows = [
@@ -490,14 +490,27 @@ class TestReport:
             for bits in (2, 3)
             for scheme in ("apot", "uniform")
         ]
-        pairs = {pair.where[:2]: pair.differences for pair in table_report.paired_differences(rows)}
+        pairs = {pair.where[1:]: pair.differences for pair in table_report.apot_minus_uniform(rows)}
         assert list(pairs)[-1] == ("all", "all")
         assert sorted(pairs["all", "3"]) == pytest.approx([0, 0, 0.3, 0.3])
         assert sorted(pairs["all", "all"]) == pytest.approx([0, 0, 0, 0, 0.2, 0.2, 0.3, 0.3])
         assert len(pairs) == 4 + 2 + 1
 
     def test_a_single_pair_has_no_interval(self):
-        assert table_report.paired_differences([row("apot", 3, {0: 99.2}), row("uniform", 3, {0: 99.0})]) == []
+        assert table_report.apot_minus_uniform([row("apot", 3, {0: 99.2}), row("uniform", 3, {0: 99.0})]) == []
+
+    def test_ablations_are_compared_with_the_best_recipe(self):
+        rows = [
+            row("apot", 3, {0: 99.5, 1: 99.4}, recipe="best"),
+            row("uniform", 3, {0: 99.9, 1: 99.9}, recipe="best"),
+            row("apot", 3, {1: 99.1, 0: 99.3, 2: 98.0}, recipe="best-no-ema"),
+            row("apot", 2, {0: 99.3, 1: 99.1}, recipe="best-no-ema"),  # there is no best one
+        ]
+        (pair,) = table_report.ablated_minus_best(rows)
+        assert pair.where == ("best-no-ema", "resnet10", "3", "apot")
+        assert sorted(pair.differences) == pytest.approx([-0.3, -0.2])
+        header, _, line = table_report.paired_table([pair], "recipe", "network", "bits", "scheme").splitlines()
+        assert header.count("|") == line.count("|") == 8 and "-0.250" in line
 
     def test_the_picture_draws_rows_of_every_kind(self, tmp_path):
         rows = [row("apot", 2, {0: 99.0, 1: 99.1}), row("apot", 3, {0: 99.2}), row("float", 32, {0: 99.3, 1: 99.4})]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_common import markdown
-from table_runs import read_config, read_result
+from table_runs import ABLATIONS, read_config, read_result
 
 from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS
@@ -103,8 +103,12 @@ def write_report(directory: Path, command: str) -> list[Row]:
         parts.append(f"## {recipe}\n\n{accuracy_table([row for row in rows if row.recipe == recipe])}")
     if any(goal(row) for row in rows):
         parts.append(f"## Against the published figures\n\n{GOALS}\n{goal_table(rows)}")
-    if pairs := paired_differences(rows):
-        parts.append(f"## APoT against uniform\n\n{PAIRED}\n{paired_table(pairs)}")
+    if pairs := apot_minus_uniform(rows):
+        table = paired_table(pairs, "recipe", "network", "bits")
+        parts.append(f"## APoT against uniform\n\n{SCHEMES_COMPARED}\n{table}")
+    if pairs := ablated_minus_best(rows):
+        table = paired_table(pairs, "recipe", "network", "bits", "scheme")
+        parts.append(f"## Ablations\n\n{ABLATIONS_COMPARED}\n{table}")
     drawn = [row for row in rows if row.recipe in RECIPES]
     if drawn:
         plot(drawn, directory / "accuracy.png")
@@ -122,10 +126,13 @@ training images without augmentation, those held out for validation included: th
 GOALS = """\
 The published figures are accuracies on training images; here they are goals for the mean on test images.
 """
-PAIRED = """\
+SCHEMES_COMPARED = """\
 Test accuracy of APoT minus that of uniform, in points, with the same seed (the same initial weights, order of images and
 augmentation), and the 95% confidence interval of its mean (Student's t over the pairs). An interval that holds 0 says
-that the runs show no difference.
+that the runs show no difference. Over several networks or bits, pairs count as independent.
+"""
+ABLATIONS_COMPARED = """\
+Test accuracy without one part of the best recipe minus that with all of them, in points, in the same way.
 """
 
 
@@ -175,14 +182,14 @@ def goal_table(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences, by pairs with equal seeds, between two schemes.
+    """Differences in test accuracy between two groups of runs, by pairs with equal seeds.
 
     Attributes:
-        where: network, bits and recipe.
-        differences: in points.
+        where: what both have in common, or what the first group is; "all" for several.
+        differences: first minus second, in points.
     """
 
-    where: tuple[str, str, str]
+    where: tuple[str, ...]
     differences: tuple[float, ...]
 
     @property
@@ -196,38 +203,54 @@ class Paired:
         return mean - half, mean + half
 
 
-def paired_differences(rows: Iterable[Row]) -> list[Paired]:
-    """APoT minus uniform for each recipe, network and bits that has two pairs of runs or more, then over networks."""
-    schemes: dict[tuple, dict[str, Row]] = defaultdict(dict)
+def differences(row: Row, other: Row) -> tuple[float, ...]:
+    """Test accuracy of `row` minus that of `other`, for each seed that both have."""
+    accuracies = dict(zip(other.seeds, other.accuracies("test")))
+    return tuple(acc - accuracies[seed] for seed, acc in zip(row.seeds, row.accuracies("test")) if seed in accuracies)
+
+
+def apot_minus_uniform(rows: Iterable[Row]) -> list[Paired]:
+    """By recipe, network and bits; then over the networks, and over all bits. Of two pairs of runs or more."""
+    rows = list(rows)
+    uniform = {(row.recipe, row.arch, row.bits): row for row in rows if row.scheme == "uniform"}
+    single, pooled, networks = [], defaultdict(tuple), defaultdict(set)
     for row in rows:
-        schemes[row.recipe, row.arch, row.bits][row.scheme] = row
-    single, pooled, networks = [], defaultdict(list), defaultdict(set)
-    for (recipe, arch, bits), of in schemes.items():
-        if {"apot", "uniform"} <= of.keys():
-            apot, uniform = (dict(zip(of[s].seeds, of[s].accuracies("test"))) for s in ("apot", "uniform"))
-            differences = tuple(apot[seed] - uniform[seed] for seed in apot if seed in uniform)
-            single.append(Paired((arch, str(bits), recipe), differences))
-            for group in (("all", str(bits), recipe), ("all", "all", recipe)):
-                pooled[group] += differences
-            networks[recipe].add(arch)
-    over_networks = [
-        Paired(where, tuple(differences))
-        for where, differences in pooled.items()
-        if where[1] == "all" or len(networks[where[2]]) > 1
+        other = uniform.get((row.recipe, row.arch, row.bits))
+        if row.scheme == "apot" and other:
+            single.append(Paired((row.recipe, row.arch, str(row.bits)), differences(row, other)))
+            networks[row.recipe].add(row.arch)
+            for bits in (str(row.bits), "all"):
+                pooled[row.recipe, bits] += single[-1].differences
+    pooled = [
+        Paired((recipe, "all", bits), of_all)
+        for (recipe, bits), of_all in sorted(pooled.items(), key=lambda item: item[0][1] == "all")
+        if bits == "all" or len(networks[recipe]) > 1
     ]
-    every = [*single, *sorted(over_networks, key=lambda pair: pair.where[1] == "all")]
-    return [pair for pair in every if len(pair.differences) > 1]
+    return [pair for pair in (*single, *pooled) if len(pair.differences) > 1]
 
 
-def paired_table(pairs: Iterable[Paired]) -> str:
+def ablated_minus_best(rows: Iterable[Row]) -> list[Paired]:
+    """By ablation, network, bits and scheme. Of two pairs of runs or more."""
+    rows = list(rows)
+    best = {(row.arch, row.bits, row.scheme): row for row in rows if row.recipe == "best"}
+    pairs = [
+        Paired((row.recipe, row.arch, str(row.bits), row.scheme), differences(row, other))
+        for row in rows
+        if row.recipe in ABLATIONS and (other := best.get((row.arch, row.bits, row.scheme)))
+    ]
+    return [pair for pair in pairs if len(pair.differences) > 1]
+
+
+def paired_table(pairs: Iterable[Paired], *headers: str) -> str:
+    """`headers` name what `Paired.where` holds."""
     lines = [
         [
-            pair.where[2], *pair.where[:2], len(pair.differences), f"{statistics.fmean(pair.differences):+.3f}",
+            *pair.where, len(pair.differences), f"{statistics.fmean(pair.differences):+.3f}",
             "{:+.3f} to {:+.3f}".format(*pair.interval),
         ]
         for pair in pairs
     ]  # fmt: skip
-    return markdown(["recipe", "network", "bits", "pairs", "mean difference", "95% interval"], lines)
+    return markdown([*headers, "pairs", "mean difference", "95% interval"], lines)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -357,7 +357,7 @@ def execute(runs: Iterable[Run], table: TableDirectory, executor: Executor) -> I
                     yield run, f"{broken[0].name} failed"
                 elif not unfinished.intersection(run.needs):
                     waiting.remove(run)
-                    command = [sys.executable, str(TOOL), *table.flags_now(run)]
+                    command = [sys.executable, os.path.relpath(TOOL), *table.flags_now(run)]
                     futures[executor.submit(command, table.log(run))] = run
             for future in wait(futures, return_when=FIRST_COMPLETED).done if futures else ():
                 run = futures.pop(future)
