@@ -29,8 +29,8 @@ from apotfx.training.recipes import RECIPES, best
 
 TOOL = Path(table.__file__)
 QUICK = ["--dataset", "digits", "--image-size", "16", "--epochs", "1", "--train-images", "96", "--batch-size", "32"]
-FLOAT_10 = Run("resnet10", "float", 32, "best", 7)
-TEACHERS = tuple(Run(arch, "float", 32, "best", seed) for arch, seed in best.TEACHERS)
+FLOAT_10 = Run("resnet10", "float", 32, best.START, 7)
+TEACHERS = tuple(Run(arch, "float", 32, best.START, seed) for arch, seed in best.TEACHERS)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ class TestFlags:
         flags = TableDirectory("t").new_flags(run)
         assert value(flags, "--pretrained") == "runs/t/best/resnet10-apot4-s5/best.pt"
         assert [b for a, b in zip(flags, flags[1:]) if a == "--teacher"] == [
-            f"runs/t/best/{arch}-float-s{seed}/best.pt" for arch, seed in best.TEACHERS
+            f"runs/t/{best.START}/{arch}-float-s{seed}/best.pt" for arch, seed in best.TEACHERS
         ]
 
     @pytest.mark.parametrize("recipe", ABLATIONS)
@@ -122,7 +122,7 @@ class TestFlags:
         assert value(flags, "--recipe") == "best"
         changes = {
             "best-no-distillation": "--teacher" not in flags,
-            "best-no-lowering": value(flags, "--pretrained") == "runs/t/best/resnet10-float-s5/best.pt",
+            "best-no-lowering": value(flags, "--pretrained") == f"runs/t/{best.START}/resnet10-float-s5/best.pt",
             "best-fixed-clips": "--clip-lr 0" in " ".join(flags),
             "best-no-ema": "--ema 0" in " ".join(flags),
         }
@@ -378,7 +378,7 @@ class TestWhole:
         assert call(*flags) == 0
         config = yaml.safe_load(Path("runs/table/best/resnet10-apot2-s0/config.yaml").read_text())["arguments"]
         assert config["pretrained"] == "runs/table/best/resnet10-apot4-s0/best.pt"
-        assert config["teacher"] == [f"runs/table/best/resnet10-float-s{seed}/best.pt" for seed in (0, 1)]
+        assert config["teacher"] == [f"runs/table/{best.START}/resnet10-float-s{seed}/best.pt" for seed in (0, 1)]
         # What is needed by a run that is missing must still have its weights.
         Path("runs/table/best/resnet10-apot2-s0/result.json").unlink()
         Path("runs/table/best/resnet10-apot2-s0/checkpoint.pt").unlink()

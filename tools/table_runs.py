@@ -91,12 +91,12 @@ class Run:
 
     @property
     def pretrained(self) -> "Run | None":
-        """The run whose weights this one starts from, if any: with the best recipe the next higher bits, then float."""
-        if self.recipe in RECIPES and self.recipe != "best" or self.bits == FLOAT_BITS:
+        """The run whose weights this one starts from, if any: with the best recipe the next higher bits, or float."""
+        if self.recipe in RECIPES and self.recipe != "best":
             return None
         higher = [bits for bits in best.LOWERING if bits > self.bits]
         if not higher or self.ablation.without == "lowering":
-            return replace(self, scheme=FLOAT, bits=FLOAT_BITS, recipe="best")
+            return Run(self.arch, FLOAT, FLOAT_BITS, best.START, self.seed)
         return replace(self, bits=min(higher))
 
     @property
@@ -104,7 +104,7 @@ class Run:
         """The float runs whose outputs this one learns, if any."""
         if self.pretrained is None or self.ablation.without == "teachers":
             return ()
-        return tuple(Run(arch, FLOAT, FLOAT_BITS, "best", seed) for arch, seed in best.TEACHERS)
+        return tuple(Run(arch, FLOAT, FLOAT_BITS, best.START, seed) for arch, seed in best.TEACHERS)
 
     @property
     def needs(self) -> tuple["Run", ...]:

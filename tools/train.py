@@ -129,8 +129,7 @@ def explicit_settings(args: argparse.Namespace) -> dict:
 
 def make_config(given: dict) -> TrainConfig:
     """The recipe, changed by what was given."""
-    is_float = given.get("bit") == FLOAT_BITS and "policy" not in given
-    return TrainConfig(**(settings_of(given.get("recipe", "default"), is_float=is_float) | given))
+    return TrainConfig(**(settings_of(given.get("recipe", "default")) | given))
 
 
 def require_same(checkpoint: Checkpoint, given: dict, flag: str, keys: set[str] | None = None) -> TrainConfig:
