@@ -20,4 +20,4 @@ START = "default"  # the recipe of the float networks that teach, and that other
 TEACHERS = (("resnet18", 0), ("resnet18", 1), ("resnet18", 2))  # network and seed
 LOWERING = (4, 3, 2)  # bits, each trained from the one before
 
-SETTINGS = {"epochs": 20}
+SETTINGS = {"epochs": 20, "teacher_weight": 1.0}
