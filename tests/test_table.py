@@ -109,9 +109,9 @@ class TestFlags:
     def test_of_the_best_recipe(self):
         run = Run("resnet10", "apot", 3, "best", 5)
         flags = TableDirectory("t").new_flags(run)
-        assert value(flags, "--pretrained") == "runs/t/best/resnet10-apot4-s5/best.pt"
+        assert value(flags, "--pretrained") == "runs/t/best/resnet10-apot4-s5/checkpoint.pt"
         assert [b for a, b in zip(flags, flags[1:]) if a == "--teacher"] == [
-            f"runs/t/{best.START}/{arch}-float-s{seed}/best.pt" for arch, seed in best.TEACHERS
+            f"runs/t/{best.START}/{arch}-float-s{seed}/checkpoint.pt" for arch, seed in best.TEACHERS
         ]
 
     @pytest.mark.parametrize("recipe", ABLATIONS)
@@ -122,7 +122,7 @@ class TestFlags:
         assert value(flags, "--recipe") == "best"
         changes = {
             "best-no-distillation": "--teacher" not in flags,
-            "best-no-lowering": value(flags, "--pretrained") == f"runs/t/{best.START}/resnet10-float-s5/best.pt",
+            "best-no-lowering": value(flags, "--pretrained") == f"runs/t/{best.START}/resnet10-float-s5/checkpoint.pt",
             "best-fixed-clips": "--clip-lr 0" in " ".join(flags),
             "best-no-ema": "--ema 0" in " ".join(flags),
         }
@@ -377,15 +377,15 @@ class TestWhole:
         flags = (*ONE, "--bits", 2, "--recipes", "best", "--jobs", 2)
         assert call(*flags) == 0
         config = yaml.safe_load(Path("runs/table/best/resnet10-apot2-s0/config.yaml").read_text())["arguments"]
-        assert config["pretrained"] == "runs/table/best/resnet10-apot4-s0/best.pt"
-        assert config["teacher"] == [f"runs/table/{best.START}/resnet10-float-s{seed}/best.pt" for seed in (0, 1)]
+        assert config["pretrained"] == "runs/table/best/resnet10-apot4-s0/checkpoint.pt"
+        assert config["teacher"] == [f"runs/table/{best.START}/resnet10-float-s{seed}/checkpoint.pt" for seed in (0, 1)]
         # What is needed by a run that is missing must still have its weights.
         Path("runs/table/best/resnet10-apot2-s0/result.json").unlink()
         Path("runs/table/best/resnet10-apot2-s0/checkpoint.pt").unlink()
-        Path("runs/table/best/resnet10-apot4-s0/best.pt").unlink()
+        Path("runs/table/best/resnet10-apot4-s0/checkpoint.pt").unlink()
         capsys.readouterr()
         assert call(*flags) == 2
-        assert "needs runs/table/best/resnet10-apot4-s0/best.pt, which is missing" in capsys.readouterr().err
+        assert "needs runs/table/best/resnet10-apot4-s0/checkpoint.pt, which is missing" in capsys.readouterr().err
 
 
 def wait_for(condition, seconds=120):

@@ -195,10 +195,11 @@ class TableDirectory:
         flags = ["--arch", run.arch, "--bit", str(run.bits), "--recipe", recipe]
         if run.scheme != FLOAT:
             flags += ["--scheme", run.scheme]
+        # The last weights, not best.pt: by validation the best epoch may be an early one, by chance.
         if run.pretrained is not None:
-            flags += ["--pretrained", str(self.run_dir(run.pretrained) / "best.pt")]
+            flags += ["--pretrained", str(self.run_dir(run.pretrained) / "checkpoint.pt")]
         for teacher in run.teachers:
-            flags += ["--teacher", str(self.run_dir(teacher) / "best.pt")]
+            flags += ["--teacher", str(self.run_dir(teacher) / "checkpoint.pt")]
         if run.ablation.policy is not None and run.bits != FLOAT_BITS:
             path = self.path / run.recipe / f"{run.scheme}{run.bits}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,9 +217,9 @@ class TableDirectory:
         if directory.exists():  # stopped before there was anything to continue
             shutil.rmtree(directory)
         for needed in run.needs:
-            if not (self.run_dir(needed) / "best.pt").is_file():
+            if not (self.run_dir(needed) / "checkpoint.pt").is_file():
                 raise ApotfxError(
-                    f"{run.name}: needs {self.run_dir(needed) / 'best.pt'}, which is missing although that run is "
+                    f"{run.name}: needs {self.run_dir(needed) / 'checkpoint.pt'}, which is missing although that run is "
                     f"finished; put the file back, or delete {self.run_dir(needed)} to train it again"
                 )
         return self.new_flags(run)

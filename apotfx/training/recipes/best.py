@@ -1,4 +1,4 @@
-r"""For accuracy: three float networks teach, and the bits are lowered step by step. A draft: not measured yet.
+"""For accuracy: three float networks teach, and the bits are lowered step by step. A draft: not measured yet.
 
 Float networks are trained first, by the default recipe. Three of them, ResNet-18s, teach in turn (Hinton, Vinyals, Dean,
 "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531). A network of 4 or more bits starts
@@ -10,10 +10,8 @@ trains all of them in this order. By hand, with one teacher, the steps to 3 bits
 
     python tools/train.py --arch resnet18 --bit 32 --name teacher
     python tools/train.py --arch resnet10 --bit 32 --name float
-    python tools/train.py --recipe best --arch resnet10 --bit 4 --name four --pretrained runs/float/best.pt \
-        --teacher runs/teacher/best.pt
-    python tools/train.py --recipe best --arch resnet10 --bit 3 --name three --pretrained runs/four/best.pt \
-        --teacher runs/teacher/best.pt
+    python tools/train.py --recipe best --arch resnet10 --bit 4 --name four --pretrained runs/float --teacher runs/teacher
+    python tools/train.py --recipe best --arch resnet10 --bit 3 --name three --pretrained runs/four --teacher runs/teacher
 """
 
 START = "default"  # the recipe of the float networks that teach, and that others start from
