@@ -2,11 +2,12 @@
 
     python tools/train.py --recipe published --arch resnet10 --bit 4
 
-One learning rate throughout, no average of the weights, and flips, which mirror digits. Inputs of the first and the last
-layer stay in float.
+One learning rate throughout, no average of the weights, and flips, which mirror digits. Inputs of the first and the
+last layer stay in float.
 
-On MNIST, one seed, after the last epoch: ResNet-10 98.65% of the test images and 99.56% of the training images at 5 bits,
-98.90 and 99.45 at 4, 98.54 and 99.11 at 3, 97.71 and 98.02 at 2. One core of an AMD EPYC with AVX512-VNNI takes 5 minutes.
+On MNIST, one seed, after the last epoch: ResNet-10 98.65% of the test images and 99.56% of the training images at 5
+bits, 98.90 and 99.45 at 4, 98.54 and 99.11 at 3, 97.71 and 98.02 at 2. One core of an AMD EPYC with AVX512-VNNI takes 5
+minutes.
 """
 
 SETTINGS = {
