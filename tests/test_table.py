@@ -147,6 +147,7 @@ class TestFlags:
         [
             (["--bit", "3"], "-- --bit: the table sets it; leave it out"),
             (["--resume", "x"], "-- --resume: the table sets it"),
+            (["--teacher", "x"], "-- --teacher: the table sets it"),
             (["--no-such-flag"], "-- --no-such-flag: not flags of tools/train.py"),
         ],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 
 import train
 from bench_common import Parser, markdown, positive, several, some_of
-from table_report import with_spread, write_report
+from table_report import read_rows, with_spread, write_report
 from table_runs import ABLATIONS, FLOAT, LocalExecutor, RayExecutor, Run, TableDirectory, execute, with_needed
 
 from apotfx.errors import ApotfxError
@@ -77,9 +77,10 @@ def require_free(flags: list[str]) -> None:
         given = vars(train.make_parser().parse_args(flags))
     except SystemExit:
         raise ApotfxError(f"-- {shlex.join(flags)}: not flags of tools/train.py; see its --help") from None
-    taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate"}
+    taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate", "pretrained",
+             "teacher", "dry_run", "explain"}  # fmt: skip
     for key in sorted(taken.intersection(given)):
-        raise ApotfxError(f"-- --{key}: the table sets it; leave it out")
+        raise ApotfxError(f"-- --{key.replace('_', '-')}: the table sets it; leave it out")
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -116,6 +117,7 @@ def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespac
     """Train `missing`, and rewrite the table after each; what failed, with the reason, by the run's name."""
     if not missing:
         return {}
+    read_rows(table.path)  # a damaged run stops the table before hours of training, not after
     executor = RayExecutor(args.address, args.jobs) if args.address else LocalExecutor(args.jobs)
     failures, began = {}, time.perf_counter()
     command = shlex.join(["python", "tools/table.py", *args.argv])
@@ -131,7 +133,9 @@ def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespac
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 if a training failed, 2 for a user's mistake or a failing disk, 130 when stopped."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell that starts this in the background ignores SIGINT for it and all that it starts, which are stopped by it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         args = make_parser().parse_args(argv)
         args.argv = sys.argv[1:] if argv is None else argv
