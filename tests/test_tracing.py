@@ -389,9 +389,6 @@ class Inputs(nn.Module):
         super().__init__()
         self.a, self.b, self.head, self.read = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2), read
 
-    def forward(self, *args, **kwargs):
-        raise NotImplementedError
-
 
 class Positional(Inputs):
     def forward(self, x, y):

@@ -133,7 +133,7 @@ def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespac
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 if a training failed, 2 for a user's mistake or a failing disk, 130 when stopped."""
-    # A shell that starts this in the background ignores SIGINT for it and all that it starts, which are stopped by it.
+    # What a shell starts in the background ignores SIGINT, and so would the trainings, which are stopped with it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
