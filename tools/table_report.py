@@ -127,8 +127,8 @@ GOALS = """\
 The published figures are accuracies on training images; here they are goals for the mean on test images.
 """
 SCHEMES_COMPARED = """\
-Test accuracy of APoT minus that of uniform, in points, with the same seed (the same initial weights, order of images and
-augmentation), and the 95% confidence interval of its mean (Student's t over the pairs). An interval that holds 0
+Test accuracy of APoT minus that of uniform, in points, with the same seed (the same initial weights, order of images
+and augmentation), and the 95% confidence interval of its mean (Student's t over the pairs). An interval that holds 0
 does not tell which is better. Over several networks or bits, pairs count as independent.
 """
 ABLATIONS_COMPARED = """\

@@ -217,10 +217,11 @@ class TableDirectory:
         if directory.exists():  # stopped before there was anything to continue
             shutil.rmtree(directory)
         for needed in run.needs:
-            if not (self.run_dir(needed) / "checkpoint.pt").is_file():
+            path = self.run_dir(needed) / "checkpoint.pt"
+            if not path.is_file():
                 raise ApotfxError(
-                    f"{run.name}: needs {self.run_dir(needed) / 'checkpoint.pt'}, which is missing although that run is "
-                    f"finished; put the file back, or delete {self.run_dir(needed)} to train it again"
+                    f"{run.name}: needs {path}, which is missing although that run is finished; put the file back, or "
+                    f"delete {path.parent} to train it again"
                 )
         return self.new_flags(run)
 

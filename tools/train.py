@@ -17,7 +17,7 @@ import torch
 from apotfx.engine import ENGINES, Choice
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
-from apotfx.policy import FLOAT_BITS, BitPolicy
+from apotfx.policy import BitPolicy
 from apotfx.rewrite import plan
 from apotfx.training.build import (
     Network,
