@@ -1,11 +1,13 @@
 """tools/table.py: which runs there are, how they are run, and what is made of their results."""
 
 import fcntl
+import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,6 +132,11 @@ class TestFlags:
         if recipe in changes:
             assert changes[recipe] and "--policy" not in flags
             return
+        run = replace(run, recipe=recipe)
+        for needed in run.needs:
+            directory.run_dir(needed).mkdir(parents=True)
+            (directory.run_dir(needed) / "checkpoint.pt").touch()
+        directory.prepare(run)
         policy = BitPolicy.from_yaml(value(flags, "--policy"))
         default = BitPolicy.default(3, "apot")
         assert policy != default
@@ -148,13 +155,28 @@ class TestFlags:
             (["--bit", "3"], "-- --bit: the table sets it; leave it out"),
             (["--resume", "x"], "-- --resume: the table sets it"),
             (["--teacher", "x"], "-- --teacher: the table sets it"),
-            (["--no-such-flag"], "-- --no-such-flag: not flags of tools/train.py"),
+            (["--no-such-flag"], "-- --no-such-flag: unrecognized arguments: --no-such-flag; see python tools/"),
+            (["--lr", "abc"], "-- --lr abc: argument --lr: invalid float value: 'abc'; see python tools/train.py"),
+            (["--lr", "-1"], "--lr -1.0: expected more than 0"),
+            (["--gpu", "1"], "-- a numbered GPU: each training sees one; choose with CUDA_VISIBLE_DEVICES"),
+            (["--device", "cuda:1"], "-- a numbered GPU: each training sees one"),
+            (["--dataset", "mnits"], "unknown data set 'mnits': expected one of mnist, "),
         ],
     )  # fmt: skip
     def test_wrong_flags_for_all(self, flags, message, capsys):
         assert table.main(["--", *flags]) == 2
-        assert f"table.py: error: {message}" in capsys.readouterr().err
-        assert not os.path.exists("runs")
+        error = capsys.readouterr().err
+        assert error.startswith(f"table.py: error: {message}") and error.count("\n") == 1
+        assert not os.path.exists("runs") or not list(Path("runs").rglob("config.yaml"))
+
+    def test_a_stopped_run_keeps_the_flags_for_all(self):
+        directory = TableDirectory("t", ["--device", "cpu", "--ema", "0.9"])
+        run = Run("resnet10", "apot", 3, "best-no-ema", 5)
+        directory.run_dir(run).mkdir(parents=True)
+        (directory.run_dir(run) / "checkpoint.pt").touch()
+        flags = directory.flags_now(run)
+        assert flags == ["--resume", f"runs/t/{run.name}", "--device", "cpu", "--ema", "0.9", "--ema", "0"]
+        assert table_runs.parse_flags(flags).ema == 0  # what an ablation takes out stays out
 
 
 @pytest.mark.parametrize(
@@ -165,6 +187,8 @@ class TestFlags:
         (["--recipes", "worst"], "argument --recipes: got 'worst', expected one of published, default, best, best-no-"),
         (["--seeds", "-1"], "argument --seeds: "),
         (["--name", "../x"], "--name '../x': expected the name of a directory in runs, such as 'a' or 'a/b'"),
+        (["--archs", ","], "argument --archs: got ',', expected a list such as a,b"),
+        (["--report", "--name", "none"], "--report --name none: there is no runs/none"),
         (["--jobs", "0"], "argument --jobs: got '0', expected a whole number of at least 1"),
     ],
 )
@@ -177,8 +201,8 @@ def test_mistakes(flags, message, capsys):
 class FakeExecutor:
     """Runs nothing: the exit code of each command is decided by its name."""
 
-    def __init__(self, code):
-        self.code, self.names, self.stopped = code, [], False
+    def __init__(self, code, at_once=math.inf):
+        self.code, self.names, self.stopped, self.at_once = code, [], False, at_once
 
     def submit(self, command, log):
         name = command[-1].removeprefix("t/")
@@ -199,7 +223,8 @@ class TestExecute:
     @staticmethod
     def directory(monkeypatch):
         directory = TableDirectory("t")
-        monkeypatch.setattr(directory, "flags_now", directory.new_flags)
+        monkeypatch.setattr(directory, "prepare", lambda run: None)
+        monkeypatch.setattr(directory, "is_finished", lambda run: True)
         return directory
 
     def test_a_run_waits_for_what_it_needs(self, monkeypatch):
@@ -222,6 +247,19 @@ class TestExecute:
         assert failures.pop("best/resnet10-apot2-s7") == "best/resnet10-apot3-s7 failed"
         assert set(failures.values()) == {None} and len(failures) == len(ordered) - 3
 
+    def test_the_first_run_that_can_start_is_started(self, monkeypatch):
+        ordered = with_needed([Run("resnet10", "apot", bits, "best", seed) for seed in (7, 8) for bits in (2, 5)])
+        executor = FakeExecutor(lambda name: 0, at_once=1)
+        assert len(list(execute(ordered, self.directory(monkeypatch), executor))) == len(ordered)
+        assert executor.names == [run.name for run in ordered]
+
+    def test_a_run_that_leaves_no_result_has_failed(self, monkeypatch):
+        directory = self.directory(monkeypatch)
+        monkeypatch.setattr(directory, "is_finished", lambda run: False)
+        run = Run("resnet10", "apot", 2, "default", 7)
+        ended = list(execute([run], directory, FakeExecutor(lambda name: 0)))
+        assert ended == [(run, f"ended without runs/t/{run.name}/result.json")]
+
     def test_an_interruption_stops_the_others(self, monkeypatch):
         executor = FakeExecutor(lambda name: 0)
         ending = execute([Run("resnet10", "apot", 2, "default", 7)], self.directory(monkeypatch), executor)
@@ -242,6 +280,13 @@ class TestExecute:
         executor = LocalExecutor(2)
         assert executor.submit(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path / "log").result() == 0
         assert (tmp_path / "log").read_text() == "3\n"
+
+    @pytest.mark.parametrize("visible, count", [("-1", 0), ("", 0), ("3,-1,5", 1)])
+    def test_hidden_gpus_are_not_used(self, monkeypatch, visible, count):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(table_runs, "usable_cores", lambda: 4)
+        assert LocalExecutor(None).at_once == (count or 4)
 
     @pytest.mark.parametrize("visible, gpus", [(None, "0 1"), ("3,5", "3 5")])
     def test_each_job_has_a_gpu(self, tmp_path, monkeypatch, visible, gpus):
@@ -323,9 +368,18 @@ class TestWhole:
 
     def test_dry_run_prints_commands_that_work(self, finished, capsys):
         assert call(*ONE, "--dry-run") == 0
-        line = capsys.readouterr().out.strip()
+        first, line = capsys.readouterr().out.strip().splitlines()
+        assert first == "# 0 of 1 runs are finished"
         assert line.startswith("python tools/train.py --arch resnet10 --bit 3 ")
+        assert call(*ONE, "--recipes", "best-same-bits", "--dry-run") == 0
         assert not Path("runs").exists()
+        shutil.copytree(finished / "runs", "runs")
+        Path("runs/table/default/resnet10-apot3-s0/result.json").unlink()
+        capsys.readouterr()
+        assert call(*SMALLEST, "--dry-run") == 0
+        first, line = capsys.readouterr().out.strip().splitlines()
+        assert first == "# 3 of 4 runs are finished"
+        assert line.startswith("python tools/train.py --resume runs/table/default/resnet10-apot3-s0 --dataset digits")
 
     def test_another_process_works_on_it(self, capsys):
         Path("runs/table/logs").mkdir(parents=True)
@@ -338,7 +392,14 @@ class TestWhole:
         "file, content, message",
         [
             ("result.json", '{"se', "result.json: cannot be read (Unterminated string"),
-            ("result.json", "{}", "result.json: cannot be read (has no seed, last_test_acc); put it back, or delete"),
+            ("result.json", "{}", "result.json: cannot be read (has no test_acc); put it back, or delete"),
+            ("result.json", "[]", "result.json: cannot be read (list indices must be"),
+            ("result.json", {"last_val_acc": None}, "result.json: cannot be read (must be real number, not NoneType)"),
+            ("result.json", {"train_acc": math.nan}, "result.json: cannot be read (train_acc is nan)"),
+            ("config.yaml", "arguments: 3\npolicy: {}", "config.yaml: cannot be read ('int' object is not iterable"),
+            ("config.yaml", "arguments: {lr: -1}\npolicy: {}", "config.yaml: cannot be read (--lr -1: expected more"),
+            ("config.yaml", "arguments: {}", "config.yaml: cannot be read (has no policy"),
+            ("config.yaml", "", "config.yaml: cannot be read ('NoneType' object is not subscriptable"),
             ("config.yaml", "{", "config.yaml: cannot be read (while parsing"),
             ("config.yaml", None, "config.yaml: cannot be read ([Errno 2]"),
         ],
@@ -346,12 +407,41 @@ class TestWhole:
     def test_a_damaged_run_is_named(self, finished, capsys, file, content, message):
         shutil.copytree(finished / "runs", "runs")
         path = Path("runs/table/default/resnet10-apot3-s1") / file
+        if isinstance(content, dict):
+            content = json.dumps(json.loads(path.read_text()) | content)
         path.unlink()
         if content is not None:
             path.write_text(content)
         assert call(*SMALLEST) == 2
         error = capsys.readouterr().err
         assert f"table.py: error: {path.parent}/{message}" in error and error.count("\n") == 1
+
+    @pytest.mark.parametrize("key", ["epochs", "policy"])
+    def test_runs_of_different_settings_make_no_row(self, finished, capsys, key):
+        shutil.copytree(finished / "runs", "runs")
+        path = Path("runs/table/default/resnet10-apot3-s1/config.yaml")
+        config = yaml.safe_load(path.read_text())
+        if key == "policy":
+            config["policy"] = BitPolicy.default(5, "apot").to_dict()
+        else:
+            config["arguments"][key] = 77
+        path.write_text(yaml.safe_dump(config))
+        assert call(*ONE) == 2
+        error = capsys.readouterr().err
+        assert f"{path.parent}: was trained with another {key} than runs/table/default/resnet10-apot3-s0" in error
+
+    def test_data_that_is_missing_is_told_before_the_first_training(self, capsys):
+        assert call(*SMALLEST, quick=["--dataset", "mnist", "--data", "nowhere"]) == 2
+        assert "nowhere" in capsys.readouterr().err
+        assert not list(Path("runs").rglob("config.yaml"))
+
+    @pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+    def test_a_missing_package_is_told_before_the_first_training(self, package, monkeypatch, capsys):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+        assert call(*ONE) == 2
+        assert f"tools/table.py needs {package}; pip install 'apotfx[table]'" in capsys.readouterr().err
+        assert not list(Path("runs").rglob("config.yaml"))
 
     def test_a_stopped_run_of_other_settings_is_refused(self, finished, capsys):
         shutil.copytree(finished / "runs", "runs")
@@ -444,6 +534,16 @@ def test_over_ray():
     assert done.returncode == 0, done.stderr
     rows = json.loads(Path("runs/table/table.json").read_text())
     assert [row["seeds"] for row in rows] == [[0, 1]]
+
+
+def test_a_cluster_that_does_not_answer(capsys):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        assert call(*ONE, "--address", address) == 2
+    error = capsys.readouterr().err
+    assert f"--address {address}: cannot be reached (" in error and error.count("\n") == 1
 
 
 def test_without_ray(monkeypatch, capsys):

@@ -246,7 +246,12 @@ def one_of(known: Sequence) -> Callable[[str], object]:
 
 
 def several(parse: Callable[[str], object]) -> Callable[[str], list]:
-    return lambda text: list(dict.fromkeys(map(parse, text.split(","))))
+    def parse_all(text: str) -> list:
+        if not all(text.split(",")):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a list such as a,b")
+        return list(dict.fromkeys(map(parse, text.split(","))))
+
+    return parse_all
 
 
 def some_of(known: Sequence) -> Callable[[str], list]:

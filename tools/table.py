@@ -16,13 +16,25 @@ from contextlib import nullcontext
 
 import train
 from bench_common import Parser, markdown, positive, several, some_of
-from table_report import read_rows, with_spread, write_report
-from table_runs import ABLATIONS, FLOAT, LocalExecutor, RayExecutor, Run, TableDirectory, execute, with_needed
+from table_report import read_rows, require_packages, with_spread, write_report
+from table_runs import (
+    ABLATIONS,
+    FLOAT,
+    LocalExecutor,
+    RayExecutor,
+    Run,
+    TableDirectory,
+    execute,
+    parse_flags,
+    with_needed,
+)
 
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.models import require_known
 from apotfx.policy import FLOAT_BITS
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import load_dataset
 from apotfx.training.recipes import RECIPES
 
 
@@ -71,35 +83,48 @@ def matrix(args: argparse.Namespace) -> list[Run]:
     ]
 
 
-def require_free(flags: list[str]) -> None:
-    """Raises: ApotfxError: the flags for all trainings are wrong, or set what the matrix sets."""
-    try:
-        given = vars(train.make_parser().parse_args(flags))
-    except SystemExit:
-        raise ApotfxError(f"-- {shlex.join(flags)}: not flags of tools/train.py; see its --help") from None
+def shared_settings(flags: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
+    """What the flags for all trainings say.
+
+    Raises:
+        ApotfxError: they are wrong, or set what the matrix sets.
+    """
+    args = parse_flags(flags)
     taken = {"arch", "bit", "scheme", "power", "policy", "recipe", "seed", "name", "resume", "evaluate", "pretrained",
              "teacher", "dry_run", "explain"}  # fmt: skip
-    for key in sorted(taken.intersection(given)):
+    for key in sorted(taken.intersection(vars(args))):
         raise ApotfxError(f"-- --{key.replace('_', '-')}: the table sets it; leave it out")
+    if "gpu" in args or ":" in getattr(args, "device", ""):
+        raise ApotfxError("-- a numbered GPU: each training sees one; choose with CUDA_VISIBLE_DEVICES=N,N...")
+    return train.make_config(train.explicit_settings(args)), args
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Whether every run that was asked for is finished."""
-    require_free(args.flags)
+    """Do what `args` ask for; False if a training failed."""
+    shared, flags = shared_settings(args.flags)
     table = TableDirectory(args.name, args.flags)
     wanted = with_needed(matrix(args))
+    if args.report and not table.path.is_dir():
+        raise ApotfxError(f"--report --name {args.name}: there is no {table.path}")
     with nullcontext() if args.dry_run else table.locked():
-        finished = [run for run in wanted if table.is_finished(run)]
+        missing = [run for run in wanted if not table.is_finished(run)]
         for each in wanted:
-            if table.is_finished(each) or table.is_started(each):
+            if each not in missing or table.is_started(each):
                 table.require_same(each)
-        missing = [run for run in wanted if run not in finished]
         if args.dry_run:
+            print(f"# {len(wanted) - len(missing)} of {len(wanted)} runs are finished")
             for each in missing:
-                print(f"python tools/train.py {shlex.join(table.new_flags(each))}")
+                print(f"python tools/train.py {shlex.join(table.flags_now(each))}")
             return True
-        print(f"{len(finished)} of {len(wanted)} runs are finished")
-        failures = {} if args.report else train_all(missing, table, args)
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished", flush=True)
+        require_packages()
+        failures = {}
+        if missing and not args.report:
+            read_rows(table.path)  # a damaged run, or data that is not there, ends the table before hours of training
+            load_dataset(
+                shared.dataset, getattr(flags, "data", None), image_size=shared.image_size, workers=flags.workers
+            )
+            failures = train_all(missing, table, args)
         rows = write_report(table.path, shlex.join(["python", "tools/table.py", *args.argv]))
     lines = [
         [row.recipe, row.arch, row.bits, row.scheme, len(row.runs),
@@ -115,9 +140,6 @@ def run(args: argparse.Namespace) -> bool:
 
 def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespace) -> dict[str, str]:
     """Train `missing`, and rewrite the table after each; what failed, with the reason, by the run's name."""
-    if not missing:
-        return {}
-    read_rows(table.path)  # a damaged run stops the table before hours of training, not after
     executor = RayExecutor(args.address, args.jobs) if args.address else LocalExecutor(args.jobs)
     failures, began = {}, time.perf_counter()
     command = shlex.join(["python", "tools/table.py", *args.argv])

@@ -1,5 +1,6 @@
 """What the runs of a table reached, as rows with mean and standard deviation: Markdown, JSON and a picture."""
 
+import importlib.util
 import io
 import json
 import math
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_common import markdown
-from table_runs import ABLATIONS, read_config, read_result
+from table_runs import ABLATIONS, SPLITS, read_config, read_result
 
+from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS
 from apotfx.training.recipes import RECIPES
 
-SPLITS = ("test", "train", "val")
 MEASURES = (*SPLITS, "best_epoch_test")
 # Accuracy in percent on the training images of MNIST, as published; see the README.
 PUBLISHED = {
@@ -62,10 +63,21 @@ class Row:
         return {**facts, "seeds": self.seeds, **statistic, "runs": list(self.runs)}
 
 
+def require_packages() -> None:
+    """Raises: ApotfxError: a package that the report is made with is missing."""
+    for package in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise ApotfxError(f"tools/table.py needs {package}; pip install 'apotfx[table]'")
+
+
 def read_rows(directory: Path) -> list[Row]:
-    """The rows of all finished runs below `directory`: by recipe as `RECIPES` has them, network, bits and scheme."""
-    groups = defaultdict(list)
-    for path in directory.glob("*/*/result.json"):
+    """The rows of all finished runs below `directory`: by recipe as `RECIPES` has them, network, bits and scheme.
+
+    Raises:
+        ApotfxError: a run is damaged, or runs of a row differ in more than their seed and what weights they start from.
+    """
+    groups, settings = defaultdict(list), {}
+    for path in sorted(directory.glob("*/*/result.json")):
         result, config = read_result(path.parent), read_config(path.parent)
         arguments = config["arguments"]
         bits = arguments["bit"]
@@ -80,7 +92,17 @@ def read_rows(directory: Path) -> list[Row]:
             "directory": str(path.parent.relative_to(directory)),
             "config": {key: value for key, value in config.items() if key != "policy"},
         }
-        groups[path.parent.parent.name, arguments["arch"], bits, scheme].append(run)
+        key = path.parent.parent.name, arguments["arch"], bits, scheme
+        groups[key].append(run)
+        same = {k: v for k, v in arguments.items() if k not in ("seed", "pretrained", "teacher")}
+        same["policy"] = config["policy"]
+        first, expected = settings.setdefault(key, (path.parent, same))
+        for name in same:
+            if same[name] != expected[name]:
+                raise ApotfxError(
+                    f"{path.parent}: was trained with another {name.replace('_', '-')} than {first}, and would be in "
+                    f"one row with it; move one of them away"
+                )
 
     def place(key: tuple) -> tuple:
         recipe, arch, bits, scheme = key

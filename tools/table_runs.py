@@ -1,17 +1,22 @@
 """The runs of a table: what each is, what it is trained with, and how several run at once."""
 
+import argparse
 import fcntl
 import json
+import math
 import os
 import queue
+import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +33,7 @@ from apotfx.training.recipes import RECIPES, best
 from apotfx.training.run import run_path
 
 FLOAT = "float"
+SPLITS = ("test", "train", "val")
 TOOL = Path(train.__file__).resolve()
 
 
@@ -90,6 +96,12 @@ class Run:
         return ABLATIONS.get(self.recipe, Ablation())
 
     @property
+    def policy(self) -> BitPolicy | None:
+        """Of an ablation that changes it; None for the recipe's."""
+        change = self.ablation.policy
+        return None if change is None or self.bits == FLOAT_BITS else change(BitPolicy.default(self.bits, self.scheme))
+
+    @property
     def pretrained(self) -> "Run | None":
         """The run whose weights this one starts from, if any: with the best recipe the next higher bits, or float."""
         if self.recipe in RECIPES and self.recipe != "best":
@@ -127,27 +139,49 @@ def with_needed(runs: Iterable[Run]) -> list[Run]:
     return list(ordered)
 
 
+def parse_flags(flags: list[str]) -> argparse.Namespace:
+    """What `flags` of `tools/train.py` say. Raises: ApotfxError: they are not such flags."""
+    parser = train.make_parser()
+
+    def fail(message: str):
+        raise ApotfxError(f"-- {shlex.join(flags)}: {message}; see python tools/train.py --help")
+
+    parser.error = fail
+    return parser.parse_args(flags)
+
+
 def read_config(run_dir: Path) -> dict:
     """What `config.yaml` says. Raises: ApotfxError: it is missing or damaged."""
-    return _read(run_dir, "config.yaml", yaml.safe_load, ("arguments", "policy"))
+
+    def parse(text: str) -> dict:
+        content = yaml.safe_load(text)
+        arguments = TrainConfig.from_dict(content["arguments"], "arguments")
+        return content | {"arguments": asdict(arguments), "policy": content["policy"]}
+
+    return _read(run_dir / "config.yaml", parse)
 
 
 def read_result(run_dir: Path) -> dict:
     """What `result.json` says. Raises: ApotfxError: it is damaged."""
-    return _read(run_dir, "result.json", json.loads, ("seed", "last_test_acc"))
+
+    def parse(text: str) -> dict:
+        content = json.loads(text)
+        for key in (f"{weights}{split}_acc" for weights in ("", "last_") for split in SPLITS):
+            if not math.isfinite(content[key]):
+                raise ValueError(f"{key} is {content[key]}")
+        return content | {key: content[key] for key in ("seed", "best_epoch", "integer_test_acc", "seconds")}
+
+    return _read(run_dir / "result.json", parse)
 
 
-def _read(run_dir: Path, name: str, parse: Callable[[str], object], keys: tuple[str, ...]) -> dict:
+def _read(path: Path, parse: Callable[[str], dict]) -> dict:
     try:
-        content = parse((run_dir / name).read_text())
-        if all(key in content for key in keys):
-            return content
-        problem = f"has no {', '.join(key for key in keys if key not in content)}"
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return parse(path.read_text())
+    except KeyError as error:
+        problem = f"has no {error.args[0]}"
+    except (OSError, ValueError, TypeError, yaml.YAMLError, ApotfxError) as error:
         problem = str(error).splitlines()[0]
-    raise ApotfxError(
-        f"{run_dir / name}: cannot be read ({problem}); put it back, or delete {run_dir} to train it again"
-    )
+    raise ApotfxError(f"{path}: cannot be read ({problem}); put it back, or delete {path.parent} to train it again")
 
 
 class TableDirectory:
@@ -189,8 +223,12 @@ class TableDirectory:
                 raise ApotfxError(f"{self.path}: another table.py works on it; wait, or pass another --name") from None
             yield
 
+    def policy_path(self, run: Run) -> Path:
+        """Of the policy of an ablation."""
+        return self.path / run.recipe / f"{run.scheme}{run.bits}.yaml"
+
     def new_flags(self, run: Run) -> list[str]:
-        """The flags of `tools/train.py` for a fresh start of `run`; writes the policy file of an ablation."""
+        """The flags of `tools/train.py` for a fresh start of `run`."""
         recipe = "best" if run.recipe in ABLATIONS else run.recipe
         flags = ["--arch", run.arch, "--bit", str(run.bits), "--recipe", recipe]
         if run.scheme != FLOAT:
@@ -200,22 +238,26 @@ class TableDirectory:
             flags += ["--pretrained", str(self.run_dir(run.pretrained) / "checkpoint.pt")]
         for teacher in run.teachers:
             flags += ["--teacher", str(self.run_dir(teacher) / "checkpoint.pt")]
-        if run.ablation.policy is not None and run.bits != FLOAT_BITS:
-            path = self.path / run.recipe / f"{run.scheme}{run.bits}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            policy = run.ablation.policy(BitPolicy.default(run.bits, run.scheme))
-            write_atomic(path, yaml.safe_dump(policy.to_dict(), sort_keys=False).encode())
-            flags += ["--policy", str(path)]
-        return [*flags, *run.ablation.flags, *self.flags, "--seed", str(run.seed), "--name", f"{self.name}/{run.name}"]
+        if run.policy is not None:
+            flags += ["--policy", str(self.policy_path(run))]
+        return [*flags, *self.flags, *run.ablation.flags, "--seed", str(run.seed), "--name", f"{self.name}/{run.name}"]
 
     def flags_now(self, run: Run) -> list[str]:
         """The flags of `tools/train.py` that start `run`, or continue it where it was stopped."""
-        directory = self.run_dir(run)
         if self.is_started(run):
-            kept = train.make_parser().parse_args(self.flags)
-            return ["--resume", str(directory), *(["--data", str(kept.data)] if "data" in kept else [])]
-        if directory.exists():  # stopped before there was anything to continue
-            shutil.rmtree(directory)
+            return ["--resume", str(self.run_dir(run)), *self.flags, *run.ablation.flags]
+        return self.new_flags(run)
+
+    def prepare(self, run: Run) -> None:
+        """Lay ready what `flags_now` names.
+
+        Raises:
+            ApotfxError: the weights of a run that this one needs are missing.
+        """
+        if self.is_started(run):
+            return
+        if self.run_dir(run).exists():  # stopped before there was anything to continue
+            shutil.rmtree(self.run_dir(run))
         for needed in run.needs:
             path = self.run_dir(needed) / "checkpoint.pt"
             if not path.is_file():
@@ -223,24 +265,26 @@ class TableDirectory:
                     f"{run.name}: needs {path}, which is missing although that run is finished; put the file back, or "
                     f"delete {path.parent} to train it again"
                 )
-        return self.new_flags(run)
+        if run.policy is not None:
+            path = self.policy_path(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, yaml.safe_dump(run.policy.to_dict(), sort_keys=False).encode())
 
     def require_same(self, run: Run) -> None:
         """Raises: ApotfxError: `run`, which was finished or stopped, had other settings than these."""
         config = read_config(self.run_dir(run))
-        had = TrainConfig.from_dict(config["arguments"], str(self.run_dir(run) / "config.yaml"))
-        args = train.make_parser().parse_args(self.new_flags(run))
+        args = parse_flags(self.new_flags(run))
+        vars(args).pop("policy", None)
         wanted = train.make_config(train.explicit_settings(args))
-        policy = wanted.bit_policy().to_dict()
-        wanted = replace(wanted, policy=None, dataset=wanted.dataset or had.dataset)
+        policy = (run.policy or wanted.bit_policy()).to_dict()
         if config["policy"] != policy:
             raise ApotfxError(f"{self.run_dir(run)}: was trained with another policy; {self._fix(run)}")
-        for key, value in vars(wanted).items():
-            if getattr(had, key) != value:
+        for key, value in asdict(wanted).items():
+            had = config["arguments"][key]
+            if had != value and not (key == "dataset" and value is None):
                 flag = f"--{key.replace('_', '-')}"
                 raise ApotfxError(
-                    f"{self.run_dir(run)}: was trained with {flag} {getattr(had, key)}, this table asks for {value}; "
-                    f"{self._fix(run)}"
+                    f"{self.run_dir(run)}: was trained with {flag} {had}, this table asks for {value}; {self._fix(run)}"
                 )
 
     def _fix(self, run: Run) -> str:
@@ -248,12 +292,14 @@ class TableDirectory:
 
 
 class Executor(Protocol):
-    """Runs commands; the future of one holds its exit code."""
+    """Runs commands, `at_once` of them; the future of one holds its exit code."""
+
+    at_once: float
 
     def submit(self, command: list[str], log: Path) -> "Future[int]": ...
 
     def stop(self) -> None:
-        """End the commands that run, which write their checkpoints first."""
+        """End the commands that run."""
 
 
 def start_command(command: list[str], log: str, directory: str, environment: dict[str, str]) -> subprocess.Popen:
@@ -270,15 +316,17 @@ class LocalExecutor:
 
     def __init__(self, jobs: int | None):
         cores = usable_cores()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        gpus = list(map(str, range(torch.cuda.device_count())))
+        if gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):  # of which the first unknown one ends the list
+            gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]
         jobs = jobs or (1 if gpus else cores)
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(jobs) for gpu in gpus] or [{}] * jobs
         threads = {"OMP_NUM_THREADS": str(max(1, cores // len(places)))}
         self.places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for place in places:
             self.places.put(place | threads)
-        self.pool = ThreadPoolExecutor(len(places))
+        self.at_once = len(places)
+        self.pool = ThreadPoolExecutor(self.at_once)
         self.processes: list[subprocess.Popen] = []
 
     def submit(self, command: list[str], log: Path) -> "Future[int]":
@@ -294,6 +342,7 @@ class LocalExecutor:
             self.places.put(place)
 
     def stop(self) -> None:
+        """End the trainings, which write their checkpoints first."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
             process.send_signal(signal.SIGINT)
@@ -308,12 +357,15 @@ class RayExecutor:
         jobs: how many share a GPU, or the cores of a machine as large as this one.
     """
 
+    at_once = math.inf  # the cluster decides
+
     def __init__(self, address: str, jobs: int | None):
         try:
             import ray
         except ImportError:
             raise ApotfxError("--address: needs Ray; pip install 'apotfx[ray]', or leave the flag out") from None
         self.ray = ray
+        _require_reachable(address)
         cores = usable_cores()
         try:
             ray.init(address=address, num_cpus=cores if address == "local" else None, log_to_driver=False,
@@ -337,14 +389,25 @@ class RayExecutor:
         return self.task.remote(command, str(log), os.getcwd(), self.environment).future()
 
     def stop(self) -> None:
+        """End the trainings at once; each goes on from its last epoch when it is continued."""
         self.ray.shutdown()
+
+
+def _require_reachable(address: str, seconds: float = 10) -> None:
+    """Raises: ApotfxError: nothing answers at HOST:PORT, for which Ray would wait for a quarter of an hour."""
+    found = re.fullmatch(r"(?:\w+://)?\[?([^/]+?)\]?:(\d+)", address)
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=seconds).close()
+        except (OSError, OverflowError) as error:
+            raise ApotfxError(f"--address {address}: cannot be reached ({error}); is the cluster up?") from None
 
 
 def execute(runs: Iterable[Run], table: TableDirectory, executor: Executor) -> Iterator[tuple[Run, str | None]]:
     """Train `runs`, which are in an order in which they can run; yields each as it ends, with what went wrong or None.
 
-    A run whose needed ones failed fails too. What is stopped by an exception here goes on from its checkpoint when it
-    is trained again.
+    Of the runs that can start, the first is started. A run whose needed ones failed fails too. What is stopped by an
+    exception here goes on from its checkpoint when it is trained again.
     """
     waiting = list(runs)
     unfinished, failed = set(waiting), set()
@@ -357,13 +420,16 @@ def execute(runs: Iterable[Run], table: TableDirectory, executor: Executor) -> I
                     waiting.remove(run)
                     failed.add(run)
                     yield run, f"{broken[0].name} failed"
-                elif not unfinished.intersection(run.needs):
+                elif len(futures) < executor.at_once and not unfinished.intersection(run.needs):
                     waiting.remove(run)
+                    table.prepare(run)
                     command = [sys.executable, os.path.relpath(TOOL), *table.flags_now(run)]
                     futures[executor.submit(command, table.log(run))] = run
             for future in wait(futures, return_when=FIRST_COMPLETED).done if futures else ():
                 run = futures.pop(future)
                 failure = _failure(future, table.log(run))
+                if not failure and not table.is_finished(run):
+                    failure = f"ended without {table.run_dir(run) / 'result.json'}"
                 (failed.add if failure else unfinished.discard)(run)
                 yield run, failure
     except BaseException:
