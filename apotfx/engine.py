@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import functional as F
 from . import kernels
 from .errors import ApotfxError
-from .functional import Operand
+from .functional import Levels, Operand
 from .operators import (
     HAS_ONEDNN,
     INT32_EXACT,
@@ -25,7 +25,7 @@ from .operators import (
     MatrixProduct,
     Operator,
     accumulator_bound,
-    output_scale,
+    output_shaped,
     scaled_op,
 )
 
@@ -46,6 +46,10 @@ class Eager:
     def standard_deviation(self, w: Tensor) -> Tensor:
         """Of the whole weight, unbiased; shape []."""
         return F.standard_deviation(w)
+
+    def scale(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+        """`operand.scale`, times a factor (shape []) if there is one."""
+        return operand.scale if factor is None else operand.scale * factor
 
     def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
         """The operand's integer levels, in float; with a factor (shape []) times it and the float step of a level.
@@ -94,7 +98,7 @@ class Eager:
         `scale_x` is x.scale.
         """
         if exact or dtype.itemsize < 4:
-            scale = output_scale(scale_x, w.scale, operator)
+            scale = output_shaped(self.scale(w, scale_x), operator)
             return scaled_op(self.levels(x, None, "x"), self.levels(w, None, "w"), scale, operator, dtype)
         # The scale goes into the weight, which is smaller than the output.
         return operator.forward(self.levels(x, None, "x").to(dtype), self.levels(w, scale_x, "w").to(dtype))
@@ -145,10 +149,11 @@ class Compiled(Eager):
             return kernels.standard_deviation(w)
         return super().standard_deviation(w)
 
+    def scale(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+        return kernels.scale(operand, factor) if kernels.describe(operand) else super().scale(operand, factor)
+
     def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
-        n = None
-        if kernels.accept(operand):
-            n = kernels.encode(operand, factor, scratch)
+        n = kernels.encode(operand, factor, scratch) if kernels.describe(operand) else None
         return _otherwise(operand).levels(operand, factor) if n is None else n
 
     def level_bytes(
@@ -157,7 +162,7 @@ class Compiled(Eager):
         return kernels.encode_bytes(operand, dtype, zero_point, scratch)
 
     def gradient(self, grad, operand, n=None, factor=None, everywhere=False):
-        if grad.dtype == torch.float32 and kernels.accept(operand):
+        if grad.dtype == torch.float32 and kernels.describe(operand):
             return kernels.gradient(grad, operand, factor, everywhere)
         return _otherwise(operand).gradient(grad, operand, n, factor, everywhere)
 
@@ -175,7 +180,8 @@ class Int8(Eager):
 
     def __init__(self, base: Eager):
         self.base = base
-        self.standard_deviation, self.levels, self.gradient = base.standard_deviation, base.levels, base.gradient
+        self.standard_deviation, self.scale = base.standard_deviation, base.scale
+        self.levels, self.gradient = base.levels, base.gradient
 
     def product(
         self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
@@ -186,7 +192,7 @@ class Int8(Eager):
                 x_bytes = self.base.level_bytes(x, torch.uint8, zero_point, "x")
                 w_bytes = self.base.level_bytes(w, torch.int8, 0, "w")
                 if x_bytes is not None and w_bytes is not None:
-                    scale = (scale_x * w.scale).reshape(-1)
+                    scale = self.scale(w, scale_x).reshape(-1)
                     y = _sum_of_products(x_bytes, zero_point, w_bytes, scale, operator)
                     channels_last = F.suggests_channels_last(x.values) or F.suggests_channels_last(w.values)
                     return F.in_format(y, channels_last)
@@ -194,7 +200,7 @@ class Int8(Eager):
 
 
 def _fit_bytes(x: Operand, w: Operand, operator: Operator, exact: bool) -> bool:
-    if not (kernels.accept(x) and kernels.accept(w)):
+    if not (kernels.describe(x) and kernels.describe(w)):
         return False
     bound = accumulator_bound(w.values.shape, min(w.levels.max, 128), 255)
     if not exact:
@@ -310,54 +316,61 @@ def _one(like: Tensor) -> Tensor:
 ONE = torch.ones(())
 
 
+class _Settings(NamedTuple):
+    """What `quantized_op` is given besides tensors."""
+
+    levels_x: Levels | None
+    levels_w: Levels | None
+    operator: Operator
+    dtype: torch.dtype
+    exact: bool
+    clip_grad_factor: float
+    everywhere: bool
+    engine: Eager
+
+
 class _QuantizedOp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        w,
-        clip_x,
-        clip_w,
-        unit_w,
-        levels_x,
-        levels_w,
-        operator,
-        dtype,
-        exact,
-        clip_grad_factor,
-        everywhere,
-        engine,
-    ):
-        operand_x, operand_w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
-        scale_x = operand_x.scale
+    def forward(ctx, x, w, clip_x, clip_w, unit_w, settings):
+        engine = settings.engine
+        operand_x = Operand(x, clip_x, None, settings.levels_x)
+        operand_w = Operand(w, clip_w, unit_w, settings.levels_w)
+        scale_x = engine.scale(operand_x)
         ctx.save_for_backward(x, w, clip_x, clip_w, unit_w, scale_x)
-        ctx.settings = levels_x, levels_w, operator, dtype, clip_grad_factor, everywhere, engine
-        return engine.product(operand_x, operand_w, scale_x, operator, dtype, exact)
+        ctx.settings = settings
+        return engine.product(operand_x, operand_w, scale_x, settings.operator, settings.dtype, settings.exact)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
-        levels_x, levels_w, operator, dtype, clip_grad_factor, everywhere, engine = ctx.settings
-        x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
-        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        n_x = engine.levels(x, None, "x") if needs_w else None
-        # The scales go into the smaller operands, which saves a pass over the output and over the input.
-        grad_x, grad_w = operator.backward(
-            grad.to(dtype),
-            n_x.to(dtype) if needs_w else x.values,
-            engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
-            (needs_x, needs_w),
-        )
-        grad_clip_x = grad_clip_w = None
-        if needs_x:
-            grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
-        if needs_w:
-            grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
-        if clip_grad_factor != 1:
-            grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
-        return grad_x, grad_w, grad_clip_x, grad_clip_w, *(None for _ in range(9))
+        # once_differentiable takes as long as a small kernel; without grad mode it has nothing to do.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
+    levels_x, levels_w, operator, dtype, _, clip_grad_factor, everywhere, engine = ctx.settings
+    x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
+    needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+    needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    n_x = engine.levels(x, None, "x") if needs_w else None
+    # The scales go into the smaller operands, which saves a pass over the output and over the input.
+    grad_x, grad_w = operator.backward(
+        grad.to(dtype),
+        n_x.to(dtype) if needs_w else x.values,
+        engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
+        (needs_x, needs_w),
+    )
+    grad_clip_x = grad_clip_w = None
+    if needs_x:
+        grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
+    if needs_w:
+        grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
+    if clip_grad_factor != 1:
+        grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
+    return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def quantized_op(
@@ -388,7 +401,5 @@ def quantized_op(
     """
     device = x.values.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return _QuantizedOp.apply(
-            x.values, w.values, x.clip, w.clip, w.unit, x.levels, w.levels, operator, dtype, exact,
-            clip_grad_factor, everywhere, engine,
-        )  # fmt: skip
+        settings = _Settings(x.levels, w.levels, operator, dtype, exact, clip_grad_factor, everywhere, engine)
+        return _QuantizedOp.apply(x.values, w.values, x.clip, w.clip, w.unit, settings)

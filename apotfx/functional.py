@@ -47,6 +47,7 @@ class Operand:
     clip: Tensor | None  # [] or [C, 1, ...], as it was learned
     unit: Tensor | None  # [], what the clip counts; None for 1
     levels: Levels | None
+    described: object = None  # see `kernels.describe`
 
     @property
     def used_clip(self) -> Tensor:

@@ -7,21 +7,26 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 4096 /* floats; with what is written to, half of a first-level cache */
 #define MIN_CLIP 1e-8f
 
 typedef struct {
+    const float *table; /* the encoding table */
+    int32_t max;        /* the largest level */
+    int32_t is_signed;
+    int32_t rectified;  /* the values go through clamp(low, high) first, which blocks gradients at both ends */
+    float low, high;
+} Levels;
+
+typedef struct {
     const float *values; /* [rows, cols] */
     int64_t rows, cols;
     const float *clip;   /* [rows] */
     const float *unit;   /* [1], of the clip; or NULL */
-    const void *table;   /* the encoding table, in the type of the output */
-    int32_t max;         /* the largest level */
-    int32_t is_signed;
-    int32_t rectified;   /* the values go through clamp(low, high) first, which blocks gradients at both ends */
-    float low, high;
+    const Levels *levels;
 } Operand;
 
 static inline float clamp(float x, float low, float high) {
@@ -34,13 +39,23 @@ static float used_clip(const Operand *o, int64_t row) {
     return clip < MIN_CLIP ? MIN_CLIP : clip; /* NaN stays */
 }
 
-/* out = levels, or levels * (float step of a level) * factor if there is a factor; returns whether any value or clip is NaN. */
+/* steps [rows] = the float step of a level * factor, if there is a factor. */
+void scale(const Operand *o, const float *factor, float *steps) {
+    for (int64_t row = 0; row < o->rows; row++) {
+        const float step = used_clip(o, row) / (float)o->levels->max;
+        steps[row] = factor ? step * *factor : step;
+    }
+}
+
+/* out = levels, or levels * (float step of a level) * factor if there is a factor, by a table of all encodings;
+   returns whether any value or clip is NaN. */
 #define ENCODE(NAME, OUT, TABLE)                                                                                       \
-    int NAME(const Operand *o, OUT *restrict out, const float *factor) {                                               \
+    int NAME(const Operand *o, const TABLE *encodings, OUT *restrict out, const float *factor) {                       \
+        const Levels *l = o->levels;                                                                                   \
         const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                            \
-        const float top = 2.0f * (float)o->max, bottom = o->is_signed ? -top : 0.0f;                                   \
-        const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;                 \
-        const TABLE *restrict table = (const TABLE *)o->table - (int32_t)bottom;                                       \
+        const float top = 2.0f * (float)l->max, bottom = l->is_signed ? -top : 0.0f;                                   \
+        const float low = l->rectified ? l->low : -INFINITY, high = l->rectified ? l->high : INFINITY;                 \
+        const TABLE *restrict table = encodings - (int32_t)bottom;                                                     \
         int nan = 0;                                                                                                   \
         _Pragma("omp parallel for schedule(static) reduction(|:nan) if(rows * cols > 4 * BLOCK)")                      \
         for (int64_t block = 0; block < rows * per_row; block++) {                                                     \
@@ -49,7 +64,7 @@ static float used_clip(const Operand *o, int64_t row) {
             const float *restrict from = o->values + row * cols + start;                                               \
             OUT *restrict to = out + row * cols + start;                                                               \
             const float clip = used_clip(o, row), by = 1.0f / clip * top;                                              \
-            const OUT times = factor ? (OUT)(clip / (float)o->max * *factor) : (OUT)1;                                 \
+            const OUT times = factor ? (OUT)(clip / (float)l->max * *factor) : (OUT)1;                                 \
             int32_t bad = clip != clip;                                                                                \
             _Pragma("omp simd reduction(|:bad)")                                                                       \
             for (int64_t i = 0; i < count; i++) {                                                                      \
@@ -66,16 +81,19 @@ ENCODE(encode_float, float, float)
 ENCODE(encode_byte, uint8_t, int32_t)
 
 /* From grad, the gradient for levels * (float step) / factor, those for the values (grad_x, which may be grad) and the
-   clips (grad_clip [rows]). `sums` is room for a double per block. */
-void gradient(const Operand *o, const float *grad, float *grad_x, const float *factor, int32_t everywhere,
-              double *restrict sums, float *restrict grad_clip) {
+   clips (grad_clip [rows]). Returns 0, or -1 if there is no memory. */
+int gradient(const Operand *o, const float *grad, float *grad_x, const float *factor, int32_t everywhere,
+             float *restrict grad_clip) {
+    const Levels *l = o->levels;
     const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;
-    const float max = (float)o->max, top = 2.0f * max;
-    const float bottom = o->is_signed ? -top : 0.0f, min = o->is_signed ? -max : 0.0f;
-    const float low = o->rectified ? o->low : -INFINITY, high = o->rectified ? o->high : INFINITY;
-    const int closed = !o->rectified;
-    const float *restrict table = (const float *)o->table - (int32_t)bottom;
+    const float max = (float)l->max, top = 2.0f * max;
+    const float bottom = l->is_signed ? -top : 0.0f, min = l->is_signed ? -max : 0.0f;
+    const float low = l->rectified ? l->low : -INFINITY, high = l->rectified ? l->high : INFINITY;
+    const int closed = !l->rectified;
+    const float *restrict table = l->table - (int32_t)bottom;
     const float times = factor ? *factor : 1.0f;
+    double *restrict sums = malloc((size_t)(rows * per_row) * sizeof *sums);
+    if (!sums) return -1;
 #pragma omp parallel for schedule(static) if (rows * cols > 4 * BLOCK)
     for (int64_t block = 0; block < rows * per_row; block++) {
         const int64_t row = block / per_row, start = block % per_row * BLOCK;
@@ -105,11 +123,15 @@ void gradient(const Operand *o, const float *grad, float *grad_x, const float *f
         for (int64_t i = 0; i < per_row; i++) total += sums[row * per_row + i];
         grad_clip[row] = (float)(total / max) * unit;
     }
+    free(sums);
+    return 0;
 }
 
-/* result = the standard deviation (unbiased) of n floats, at least MIN_CLIP. `sums` is room for two doubles per block. */
-void standard_deviation(const float *restrict x, int64_t n, double *restrict sums, float *restrict result) {
+/* result = the standard deviation (unbiased) of n floats, at least MIN_CLIP. Returns 0, or -1 if there is no memory. */
+int standard_deviation(const float *restrict x, int64_t n, float *restrict result) {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    double *restrict sums = malloc((size_t)(2 * blocks) * sizeof *sums);
+    if (!sums) return -1;
 #pragma omp parallel for schedule(static) if (n > 4 * BLOCK)
     for (int64_t block = 0; block < blocks; block++) {
         const float *restrict from = x + block * BLOCK;
@@ -129,8 +151,10 @@ void standard_deviation(const float *restrict x, int64_t n, double *restrict sum
         sum += sums[2 * block];
         squares += sums[2 * block + 1];
     }
+    free(sums);
     const double variance = (squares - sum * sum / (double)n) / (double)(n > 1 ? n - 1 : 1);
     *result = variance < (double)MIN_CLIP * MIN_CLIP ? MIN_CLIP : (float)sqrt(variance); /* NaN stays */
+    return 0;
 }
 
 /* What lies between two integer layers, in inference: x = clamp(term[0] + term[1], low, high), where a term is one value

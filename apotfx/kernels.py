@@ -25,7 +25,8 @@ from .functional import Levels, Operand, is_dense
 from .levels import LevelSet
 
 SOURCE = Path(__file__).with_name("kernels.c")
-BLOCK, PIECE = 4096, 1024  # as in kernels.c
+PIECE = 1024  # as in kernels.c
+MAX_VIEWS = 256  # of a scratch buffer, by their shapes
 # Without contraction (fused multiply-add), which would change the last bit.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
@@ -34,11 +35,17 @@ NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("
 OPENMP = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
 
 
+class _Levels(ctypes.Structure):
+    _fields_ = [
+        ("table", c_void_p), ("max", c_int32), ("is_signed", c_int32), ("rectified", c_int32), ("low", c_float),
+        ("high", c_float),
+    ]  # fmt: skip
+
+
 class _Operand(ctypes.Structure):
     _fields_ = [
         ("values", c_void_p), ("rows", c_int64), ("cols", c_int64), ("clip", c_void_p), ("unit", c_void_p),
-        ("table", c_void_p), ("max", c_int32), ("is_signed", c_int32), ("rectified", c_int32),
-        ("low", c_float), ("high", c_float),
+        ("levels", c_void_p),
     ]  # fmt: skip
 
 
@@ -141,14 +148,34 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     operand = POINTER(_Operand)
     for function, result, arguments in (
-        (loaded.encode_float, c_int, [operand, c_void_p, c_void_p]),
-        (loaded.encode_byte, c_int, [operand, c_void_p, c_void_p]),
-        (loaded.gradient, None, [operand, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]),
-        (loaded.standard_deviation, None, [c_void_p, c_int64, c_void_p, c_void_p]),
+        (loaded.scale, None, [operand, c_void_p, c_void_p]),
+        (loaded.encode_float, c_int, [operand, c_void_p, c_void_p, c_void_p]),
+        (loaded.encode_byte, c_int, [operand, c_void_p, c_void_p, c_void_p]),
+        (loaded.gradient, c_int, [operand, c_void_p, c_void_p, c_void_p, c_int32, c_void_p]),
+        (loaded.standard_deviation, c_int, [c_void_p, c_int64, c_void_p]),
         (loaded.pointwise, c_int, [POINTER(_Pointwise), c_int64, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),
     ):
         function.argtypes, function.restype = arguments, result
     return loaded
+
+
+class Described(NamedTuple):
+    """An operand as the kernels take it, and the tensor with its values, which are dense."""
+
+    operand: _Operand
+    values: Tensor
+    table: int  # where the levels of all encodings are, as float32
+
+
+def describe(operand: Operand) -> Described | None:
+    """`operand` for the kernels; None if they do not work on such a one. It must outlive what is returned.
+
+    What takes an operand below takes one for which this is not None.
+    """
+    described = operand.described
+    if described is None:
+        described = operand.described = _describe(operand) if accept(operand) else False
+    return described or None
 
 
 def accept(operand: Operand) -> bool:
@@ -166,23 +193,59 @@ def accept(operand: Operand) -> bool:
     )
 
 
+def _describe(operand: Operand) -> Described:
+    values, clip, unit, levels = operand.values, operand.clip, operand.unit, operand.levels
+    if not is_dense(values):
+        values = values.contiguous()
+    rows, (address, table) = clip.numel(), _describe_levels(levels.set, levels.rectifier)
+    described = _Operand(values.data_ptr(), rows, values.numel() // rows, clip.data_ptr(), _pointer(unit), address)
+    return Described(described, values, table)
+
+
+_described_levels = []  # which live as long as the process
+
+
+@functools.cache
+def _describe_levels(level_set: LevelSet, rectifier: tuple[float, float] | None) -> tuple[int, int]:
+    """Addresses of a `_Levels` and of its table."""
+    table = torch.tensor(level_set.encoding_table, dtype=torch.float32)
+    low, high = rectifier or (0.0, 0.0)
+    levels = _Levels(table.data_ptr(), level_set.max, level_set.signed, rectifier is not None, low, high)
+    _described_levels.append((levels, table))
+    return ctypes.addressof(levels), table.data_ptr()
+
+
 class _Scratch(threading.local):
     """Buffers by name that are used again, as a fresh one would have to be mapped into memory page by page."""
 
     def __init__(self):
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], tuple[Tensor, dict]] = {}
 
     def like(self, x: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor of x's shape and strides; without a name a fresh one."""
         if name is None:
             return torch.empty_like(x, dtype=dtype)
-        buffer = self.buffers.get((name, dtype))
+        buffer, views = self.buffers.get((name, dtype), (None, None))
         if buffer is None or buffer.numel() < x.numel():
-            self.buffers[name, dtype] = buffer = torch.empty(x.numel(), dtype=dtype)
-        return buffer.as_strided(x.shape, x.stride())
+            buffer, views = torch.empty(x.numel(), dtype=dtype), {}
+            self.buffers[name, dtype] = buffer, views
+        key = x.shape, x.stride()
+        view = views.get(key)
+        if view is None:
+            if len(views) == MAX_VIEWS:
+                views.clear()
+            views[key] = view = buffer.as_strided(*key)
+        return view
 
 
 _scratch = _Scratch()
+
+
+def scale(operand: Operand, factor: Tensor | None = None) -> Tensor:
+    """`operand.scale`, times a factor (shape []) if there is one; shape of the clip."""
+    steps = torch.empty_like(operand.clip)
+    library().scale(describe(operand).operand, _pointer(factor), steps.data_ptr())
+    return steps
 
 
 def encode(operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor | None:
@@ -191,10 +254,9 @@ def encode(operand: Operand, factor: Tensor | None = None, scratch: str | None =
     As `functional.encode` and `functional.decode` compute them, in every bit. With the name of a `scratch` buffer, they
     last until the next call with that name in the same thread.
     """
-    values = _dense(operand.values)
-    table = _float_table(operand.levels.set)
+    described, values, table = describe(operand)
     n = _scratch.like(values, scratch, torch.float32)
-    has_nan = library().encode_float(_describe(operand, values, table), n.data_ptr(), _pointer(factor))
+    has_nan = library().encode_float(described, table, n.data_ptr(), _pointer(factor))
     return None if has_nan else n
 
 
@@ -202,11 +264,11 @@ def encode_bytes(
     operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
 ) -> list[Tensor] | None:
     """The levels of `operand` plus `zero_point` as `split_bytes` gives them; None for NaN. `scratch` as in `encode`."""
-    values = _dense(operand.values)
+    described, values, _ = describe(operand)
     parts = []
     for i, table in enumerate(_byte_tables(operand.levels.set, zero_point)):
         parts.append(_scratch.like(values, scratch and f"{scratch}{i}", dtype))
-        if library().encode_byte(_describe(operand, values, table), parts[-1].data_ptr(), None):
+        if library().encode_byte(described, table.data_ptr(), parts[-1].data_ptr(), None):
             return None
     return parts
 
@@ -216,24 +278,20 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
 
     Overwrites `grad`, where that has the strides of the values, with the result.
     """
-    values = _dense(operand.values)
+    described, values, _ = describe(operand)
     if grad.stride() != values.stride():
         grad = torch.empty_like(values).copy_(grad)
-    rows = operand.clip.numel()
-    sums = torch.empty(rows * (values.numel() // rows // BLOCK + 1), dtype=torch.float64)
-    grad_clip = torch.empty_like(operand.clip)
-    library().gradient(
-        _describe(operand, values, _float_table(operand.levels.set)), grad.data_ptr(), grad.data_ptr(),
-        _pointer(factor), everywhere, sums.data_ptr(), grad_clip.data_ptr(),
-    )  # fmt: skip
+    grad_clip, address = torch.empty_like(operand.clip), grad.data_ptr()
+    if library().gradient(described, address, address, _pointer(factor), everywhere, grad_clip.data_ptr()):
+        raise MemoryError("no memory for the gradient of a clip")
     return grad, grad_clip
 
 
 def standard_deviation(x: Tensor) -> Tensor:
     """`functional.standard_deviation` of a dense float32 x on the CPU that is not empty, summed in float64."""
-    sums = torch.empty(2 * (x.numel() // BLOCK + 1), dtype=torch.float64)
     result = torch.empty((), dtype=torch.float32)
-    library().standard_deviation(x.data_ptr(), x.numel(), sums.data_ptr(), result.data_ptr())
+    if library().standard_deviation(x.data_ptr(), x.numel(), result.data_ptr()):
+        raise MemoryError("no memory for a standard deviation")
     return result
 
 
@@ -318,11 +376,6 @@ def fits_byte(level_set: LevelSet) -> bool:
 
 
 @functools.cache
-def _float_table(level_set: LevelSet) -> Tensor:
-    return torch.tensor(level_set.encoding_table, dtype=torch.float32)
-
-
-@functools.cache
 def _byte_tables(level_set: LevelSet, zero_point: int) -> list[Tensor]:
     """int32 tables of the bytes of `level + zero_point`, the lowest first."""
     return split_bytes(torch.tensor(level_set.encoding_table, dtype=torch.int32), level_set, zero_point)
@@ -335,21 +388,6 @@ def split_bytes(n: Tensor, level_set: LevelSet, zero_point: int) -> list[Tensor]
         low = torch.remainder(n + 128, 256) - 128 if level_set.signed else torch.remainder(n, 256)
         parts = [low, (n - low) // 256]
     return [part + zero_point for part in parts]
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) else x.contiguous()
-
-
-def _describe(operand: Operand, values: Tensor, table: Tensor) -> _Operand:
-    """The tensors must outlive what is made of them here."""
-    clip, levels = operand.clip, operand.levels
-    rows = clip.numel()
-    low, high = levels.rectifier or (0.0, 0.0)
-    return _Operand(
-        values.data_ptr(), rows, values.numel() // rows, clip.data_ptr(), _pointer(operand.unit), table.data_ptr(),
-        levels.set.max, levels.set.signed, levels.rectifier is not None, low, high,
-    )  # fmt: skip
 
 
 def _pointer(x: Tensor | None) -> int | None:

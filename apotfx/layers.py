@@ -169,6 +169,9 @@ class QuantLayer(nn.Module):
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):
+            parameters = self._parameters
+            if name in parameters:
+                return parameters[name]
             parametrizations = self._modules.get("parametrizations", ())
             if name in parametrizations:
                 return parametrizations[name]()
@@ -183,9 +186,9 @@ class QuantLayer(nn.Module):
                 f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it"
             )
         prepared = geometry.prepare(input)
-        if self.training:
+        weights, inputs = self.weight_quantizer, self.input_quantizer
+        if self.training and any(quantizer is not None and quantizer.needs_clip for quantizer in (weights, inputs)):
             self._fit_first_batch(prepared, weight)
-        quantizer = self.weight_quantizer
         x, w = self._input_operand(prepared), self.weight_operand(weight)
         y = quantized_op(
             x,
@@ -194,7 +197,7 @@ class QuantLayer(nn.Module):
             dtype=self._operand_dtype(prepared, w.values.shape),
             exact=not self.training,
             clip_grad_factor=self.clip_grad_factor,
-            everywhere=quantizer is not None and quantizer.levels.bits == 2,
+            everywhere=weights is not None and weights.levels.bits == 2,
             engine=self.engine,
         ).to(weight.dtype)
         return geometry.finish(y, bias, input)

@@ -326,7 +326,6 @@ def scaled_op(n_x: Tensor, n_w: Tensor, scale: Tensor, operator: Operator, dtype
     return operator.forward(n_x.to(dtype), n_w.to(dtype)).to(scale.dtype) * scale
 
 
-def output_scale(scale_x: Tensor, scale_w: Tensor, operator: Operator) -> Tensor:
-    """The factor from accumulators to outputs: shape [] or, per output channel, broadcasting over the output."""
-    scale = scale_x * scale_w
+def output_shaped(scale: Tensor, operator: Operator) -> Tensor:
+    """A factor of the weight's clip's shape as it broadcasts over the output."""
     return scale.reshape(operator.channel_shape) if scale.dim() else scale

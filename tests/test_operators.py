@@ -21,7 +21,7 @@ from apotfx.operators import (
     accumulator_bound,
     accumulators,
     exact_dtype,
-    output_scale,
+    output_shaped,
     scaled_op,
     without_idle_taps,
 )
@@ -261,7 +261,7 @@ def test_the_scale_is_applied_once_after_the_accumulators(operator, shape_x, sha
     levels_x, levels_w = LevelSet("apot", 4, False), LevelSet("apot", 4)
     x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, per_channel, torch.float32))
     n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w, encoding(levels_w))
-    scale = output_scale(clip_x / levels_x.max, clip_w / levels_w.max, operator)
+    scale = output_shaped(clip_x / levels_x.max * (clip_w / levels_w.max), operator)
     expected = (clip_x / levels_x.max) * (clip_w / levels_w.max)
     expected = integer_operator(operator, n_x, n_w).float() * (
         expected.reshape(operator.channel_shape) if per_channel else expected

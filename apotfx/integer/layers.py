@@ -10,7 +10,7 @@ from apotfx import reproducible
 from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.operators import Operator, accumulators, output_scale
+from apotfx.operators import Operator, accumulators, output_shaped
 
 
 class IntegerLayer(nn.Module):
@@ -50,7 +50,7 @@ class IntegerLayer(nn.Module):
         self.register_buffer("input_clip", input_clip)
         self.register_buffer("bias", bias)
         input_scale = weight_scale.new_ones(()) if input_levels is None else input_clip / input_levels.max
-        self.register_buffer("scale", output_scale(input_scale, weight_scale, geometry.operator), persistent=False)
+        self.register_buffer("scale", output_shaped(input_scale * weight_scale, geometry.operator), persistent=False)
         table = None if input_levels is None else F.Levels.of(input_levels).table
         self.register_buffer("table", table, persistent=False)
         self.accumulator_range = self._accumulator_range() if self.is_integer else None
