@@ -13,6 +13,40 @@
 #define BLOCK 4096 /* floats; with what is written to, half of a first-level cache */
 #define MIN_CLIP 1e-8f
 
+/* The OpenMP runtime that torch has loaded, as a second one would fight it for the cores: GNU's, or LLVM's, which has
+   GNU's entry points. They are called by name, and not by pragmas, for which each compiler calls its own runtime. */
+#ifdef __APPLE__
+#define WEAK __attribute__((weak_import))
+#else
+#define WEAK __attribute__((weak))
+#endif
+extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) WEAK;
+extern int omp_get_thread_num(void) WEAK;
+extern int omp_get_num_threads(void) WEAK;
+
+typedef void Body(void *task, int64_t begin, int64_t end); /* works on the blocks from begin to end */
+
+typedef struct {
+    Body *body;
+    void *task;
+    int64_t blocks;
+} Shared;
+
+static void work_on_share(void *shared) {
+    const Shared *s = shared;
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    s->body(s->task, s->blocks * thread / threads, s->blocks * (thread + 1) / threads);
+}
+
+/* Has the threads of the runtime work on all blocks, where that pays for so many floats. */
+static void share(Body *body, void *task, int64_t blocks, int64_t floats) {
+    Shared shared = {body, task, blocks};
+    if (floats > 4 * BLOCK && GOMP_parallel && omp_get_num_threads && omp_get_thread_num)
+        GOMP_parallel(work_on_share, &shared, 0, 0);
+    else
+        body(task, 0, blocks);
+}
+
 typedef struct {
     const float *table; /* the encoding table */
     int32_t max;        /* the largest level */
@@ -50,21 +84,29 @@ void scale(const Operand *o, const float *factor, float *steps) {
 /* out = levels, or levels * (float step of a level) * factor if there is a factor, by a table of all encodings;
    returns whether any value or clip is NaN. */
 #define ENCODE(NAME, OUT, TABLE)                                                                                       \
-    int NAME(const Operand *o, const TABLE *encodings, OUT *restrict out, const float *factor) {                       \
+    typedef struct {                                                                                                   \
+        const Operand *o;                                                                                              \
+        const TABLE *encodings;                                                                                        \
+        OUT *out;                                                                                                      \
+        const float *factor;                                                                                           \
+        int nan;                                                                                                       \
+    } NAME##_task;                                                                                                     \
+                                                                                                                       \
+    static void NAME##_blocks(void *task, int64_t begin, int64_t end) {                                                \
+        NAME##_task *t = task;                                                                                         \
+        const Operand *o = t->o;                                                                                       \
         const Levels *l = o->levels;                                                                                   \
-        const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                            \
+        const int64_t cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;                                            \
         const float top = 2.0f * (float)l->max, bottom = l->is_signed ? -top : 0.0f;                                   \
         const float low = l->rectified ? l->low : -INFINITY, high = l->rectified ? l->high : INFINITY;                 \
-        const TABLE *restrict table = encodings - (int32_t)bottom;                                                     \
-        int nan = 0;                                                                                                   \
-        _Pragma("omp parallel for schedule(static) reduction(|:nan) if(rows * cols > 4 * BLOCK)")                      \
-        for (int64_t block = 0; block < rows * per_row; block++) {                                                     \
+        const TABLE *restrict table = t->encodings - (int32_t)bottom;                                                  \
+        for (int64_t block = begin; block < end; block++) {                                                            \
             const int64_t row = block / per_row, start = block % per_row * BLOCK;                                      \
             const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;                                         \
             const float *restrict from = o->values + row * cols + start;                                               \
-            OUT *restrict to = out + row * cols + start;                                                               \
+            OUT *restrict to = t->out + row * cols + start;                                                            \
             const float clip = used_clip(o, row), by = 1.0f / clip * top;                                              \
-            const OUT times = factor ? (OUT)(clip / (float)l->max * *factor) : (OUT)1;                                 \
+            const OUT times = t->factor ? (OUT)(clip / (float)l->max * *t->factor) : (OUT)1;                           \
             int32_t bad = clip != clip;                                                                                \
             _Pragma("omp simd reduction(|:bad)")                                                                       \
             for (int64_t i = 0; i < count; i++) {                                                                      \
@@ -72,35 +114,45 @@ void scale(const Operand *o, const float *factor, float *steps) {
                 bad |= v != v;                                                                                         \
                 to[i] = (OUT)(table[(int32_t)clamp(clamp(v, low, high) * by, bottom, top)] * times);                   \
             }                                                                                                          \
-            nan |= bad;                                                                                                \
+            if (bad) __atomic_store_n(&t->nan, 1, __ATOMIC_RELAXED);                                                   \
         }                                                                                                              \
-        return nan;                                                                                                    \
+    }                                                                                                                  \
+                                                                                                                       \
+    int NAME(const Operand *o, const TABLE *encodings, OUT *out, const float *factor) {                                \
+        NAME##_task task = {o, encodings, out, factor, 0};                                                             \
+        share(NAME##_blocks, &task, o->rows * ((o->cols + BLOCK - 1) / BLOCK), o->rows * o->cols);                     \
+        return task.nan;                                                                                               \
     }
 
 ENCODE(encode_float, float, float)
 ENCODE(encode_byte, uint8_t, int32_t)
 
-/* From grad, the gradient for levels * (float step) / factor, those for the values (grad_x, which may be grad) and the
-   clips (grad_clip [rows]). Returns 0, or -1 if there is no memory. */
-int gradient(const Operand *o, const float *grad, float *grad_x, const float *factor, int32_t everywhere,
-             float *restrict grad_clip) {
+typedef struct {
+    const Operand *o;
+    const float *grad;
+    float *grad_x;
+    const float *factor;
+    int32_t everywhere;
+    double *sums; /* of the gradient for the clip, one per block */
+} GradientTask;
+
+static void gradient_blocks(void *task, int64_t begin, int64_t end) {
+    const GradientTask *t = task;
+    const Operand *o = t->o;
     const Levels *l = o->levels;
-    const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;
+    const int64_t cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;
     const float max = (float)l->max, top = 2.0f * max;
     const float bottom = l->is_signed ? -top : 0.0f, min = l->is_signed ? -max : 0.0f;
     const float low = l->rectified ? l->low : -INFINITY, high = l->rectified ? l->high : INFINITY;
-    const int closed = !l->rectified;
+    const int closed = !l->rectified, everywhere = t->everywhere;
     const float *restrict table = l->table - (int32_t)bottom;
-    const float times = factor ? *factor : 1.0f;
-    double *restrict sums = malloc((size_t)(rows * per_row) * sizeof *sums);
-    if (!sums) return -1;
-#pragma omp parallel for schedule(static) if (rows * cols > 4 * BLOCK)
-    for (int64_t block = 0; block < rows * per_row; block++) {
+    const float times = t->factor ? *t->factor : 1.0f;
+    for (int64_t block = begin; block < end; block++) {
         const int64_t row = block / per_row, start = block % per_row * BLOCK;
         const int64_t count = cols - start < BLOCK ? cols - start : BLOCK;
         const float *restrict x = o->values + row * cols + start;
-        const float *in = grad + row * cols + start;
-        float *out = grad_x + row * cols + start;
+        const float *in = t->grad + row * cols + start;
+        float *out = t->grad_x + row * cols + start;
         const float clip = used_clip(o, row), by = 1.0f / clip * top, to_level = 1.0f / clip * max;
         float sum = 0.0f;
         int32_t bad = clip != clip;
@@ -115,27 +167,40 @@ int gradient(const Operand *o, const float *grad, float *grad_x, const float *fa
             sum += g * (level - (inside ? clamped : 0.0f));
             out[i] = (everywhere | passes) ? g : 0.0f;
         }
-        sums[block] = bad ? NAN : sum;
+        t->sums[block] = bad ? NAN : sum;
     }
+}
+
+/* From grad, the gradient for levels * (float step) / factor, those for the values (grad_x, which may be grad) and the
+   clips (grad_clip [rows]). Returns 0, or -1 if there is no memory. */
+int gradient(const Operand *o, const float *grad, float *grad_x, const float *factor, int32_t everywhere,
+             float *grad_clip) {
+    const int64_t rows = o->rows, cols = o->cols, per_row = (cols + BLOCK - 1) / BLOCK;
+    double *sums = malloc((size_t)(rows * per_row) * sizeof *sums);
+    if (!sums) return -1;
+    GradientTask task = {o, grad, grad_x, factor, everywhere, sums};
+    share(gradient_blocks, &task, rows * per_row, rows * cols);
     const float unit = o->unit ? *o->unit : 1.0f;
     for (int64_t row = 0; row < rows; row++) {
         double total = 0.0;
         for (int64_t i = 0; i < per_row; i++) total += sums[row * per_row + i];
-        grad_clip[row] = (float)(total / max) * unit;
+        grad_clip[row] = (float)(total / (float)o->levels->max) * unit;
     }
     free(sums);
     return 0;
 }
 
-/* result = the standard deviation (unbiased) of n floats, at least MIN_CLIP. Returns 0, or -1 if there is no memory. */
-int standard_deviation(const float *restrict x, int64_t n, float *restrict result) {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-    double *restrict sums = malloc((size_t)(2 * blocks) * sizeof *sums);
-    if (!sums) return -1;
-#pragma omp parallel for schedule(static) if (n > 4 * BLOCK)
-    for (int64_t block = 0; block < blocks; block++) {
-        const float *restrict from = x + block * BLOCK;
-        const int64_t count = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
+typedef struct {
+    const float *x;
+    int64_t n;
+    double *sums; /* two per block: of the values, and of their squares */
+} DeviationTask;
+
+static void deviation_blocks(void *task, int64_t begin, int64_t end) {
+    const DeviationTask *t = task;
+    for (int64_t block = begin; block < end; block++) {
+        const float *restrict from = t->x + block * BLOCK;
+        const int64_t count = t->n - block * BLOCK < BLOCK ? t->n - block * BLOCK : BLOCK;
         double sum = 0.0, squares = 0.0;
 #pragma omp simd reduction(+ : sum, squares)
         for (int64_t i = 0; i < count; i++) {
@@ -143,9 +208,18 @@ int standard_deviation(const float *restrict x, int64_t n, float *restrict resul
             sum += v;
             squares += v * v;
         }
-        sums[2 * block] = sum;
-        sums[2 * block + 1] = squares;
+        t->sums[2 * block] = sum;
+        t->sums[2 * block + 1] = squares;
     }
+}
+
+/* result = the standard deviation (unbiased) of n floats, at least MIN_CLIP. Returns 0, or -1 if there is no memory. */
+int standard_deviation(const float *x, int64_t n, float *result) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    double *sums = malloc((size_t)(2 * blocks) * sizeof *sums);
+    if (!sums) return -1;
+    DeviationTask task = {x, n, sums};
+    share(deviation_blocks, &task, blocks, n);
     double sum = 0.0, squares = 0.0;
     for (int64_t block = 0; block < blocks; block++) {
         sum += sums[2 * block];
@@ -235,25 +309,39 @@ static void encode_piece(const Encoder *c, const float *restrict v, uint8_t *res
     }
 }
 
-/* Channels are innermost in memory. `b` and `out` may be NULL. Returns whether any x is NaN. */
-int pointwise(const Pointwise *p, int64_t n, const float *a, const float *b, float *out, uint8_t *const *codes) {
+typedef struct {
+    const Pointwise *p;
+    int64_t n;
+    const float *a, *b;
+    float *out;
+    uint8_t *const *codes;
+    int nan;
+} PointwiseTask;
+
+static void pointwise_pieces(void *task, int64_t begin, int64_t end) {
+    PointwiseTask *t = task;
+    const Pointwise *p = t->p;
     const float low = p->low, high = p->high;
-    int nan = 0;
-#pragma omp parallel for schedule(static) reduction(| : nan) if (n > 4 * BLOCK)
-    for (int64_t start = 0; start < n; start += PIECE) {
-        const int64_t count = n - start < PIECE ? n - start : PIECE, channel = start % p->channels;
+    for (int64_t start = begin * PIECE; start < t->n && start < end * PIECE; start += PIECE) {
+        const int64_t count = t->n - start < PIECE ? t->n - start : PIECE, channel = start % p->channels;
         float own[PIECE];
-        float *restrict v = out ? out + start : own;
+        float *restrict v = t->out ? t->out + start : own;
         int32_t bad = 0;
-        add_term(&p->term[0], a + start, v, channel, count, 1);
-        if (b) add_term(&p->term[1], b + start, v, channel, count, 0);
+        add_term(&p->term[0], t->a + start, v, channel, count, 1);
+        if (t->b) add_term(&p->term[1], t->b + start, v, channel, count, 0);
 #pragma omp simd reduction(| : bad)
         for (int64_t i = 0; i < count; i++) {
             bad |= v[i] != v[i];
             v[i] = clamp(v[i], low, high);
         }
-        nan |= bad;
-        for (int32_t e = 0; e < p->num_encoders; e++) encode_piece(&p->encoder[e], v, codes[e] + start, count);
+        if (bad) __atomic_store_n(&t->nan, 1, __ATOMIC_RELAXED);
+        for (int32_t e = 0; e < p->num_encoders; e++) encode_piece(&p->encoder[e], v, t->codes[e] + start, count);
     }
-    return nan;
+}
+
+/* Channels are innermost in memory. `b` and `out` may be NULL. Returns whether any x is NaN. */
+int pointwise(const Pointwise *p, int64_t n, const float *a, const float *b, float *out, uint8_t *const *codes) {
+    PointwiseTask task = {p, n, a, b, out, codes, 0};
+    share(pointwise_pieces, &task, (n + PIECE - 1) / PIECE, n);
+    return task.nan;
 }

@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import math
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -30,9 +32,7 @@ MAX_VIEWS = 256  # of a scratch buffer, by their shapes
 # Without contraction (fused multiply-add), which would change the last bit.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-# Threads come from the OpenMP runtime that torch has loaded: a second one would fight it for the cores. That is why
-# the library is linked without one.
-OPENMP = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
+SIMD = (("-fopenmp-simd",), ())
 
 
 class _Levels(ctypes.Structure):
@@ -72,6 +72,17 @@ class Unavailable(Exception):
     """There is no way to compile or load the kernels; the message says why."""
 
 
+def find_compiler() -> list[str] | None:
+    """The command of the C compiler: CC, or the system's, or Zig's, which is a Python package."""
+    given = os.environ.get("CC", "").split()
+    if given:
+        return given
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is None and importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc"]
+    return None if found is None else [found]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels, from the cache where an earlier process left them.
@@ -79,17 +90,16 @@ def library() -> ctypes.CDLL:
     Raises:
         Unavailable: no compiler, or none of its results can be loaded.
     """
-    compiler = os.environ.get("CC", "").strip() or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler, problems = find_compiler(), []
     if compiler is None:
-        raise Unavailable("no C compiler (cc, gcc or clang) is installed")
-    problems = []
-    for openmp in OPENMP:
+        raise Unavailable("no C compiler (cc, gcc or clang) is installed; pip install 'apotfx[compiler]' brings one")
+    for simd in SIMD:
         for native in NATIVE:
             try:
-                return _compile([*compiler.split(), *FLAGS, *native], openmp)
+                return _compile([*compiler, *FLAGS, *simd, *native])
             except (OSError, subprocess.SubprocessError) as error:
                 problems.append(error)
-    raise Unavailable(f"the C compiler {compiler} failed ({_first_line(problems[0])})")
+    raise Unavailable(f"the C compiler {' '.join(compiler)} failed ({_first_line(problems[0])})")
 
 
 def _first_line(error: Exception) -> str:
@@ -99,9 +109,9 @@ def _first_line(error: Exception) -> str:
     return (text or str(error) or type(error).__name__).splitlines()[0]
 
 
-def _compile(command: list[str], openmp: tuple[str, ...]) -> ctypes.CDLL:
+def _compile(command: list[str]) -> ctypes.CDLL:
     """The library that `command` makes of kernels.c, from the cache or into it."""
-    key = _digest("\n".join([SOURCE.read_text(), *command, *openmp, _processor()]).encode())
+    key = _digest("\n".join([SOURCE.read_text(), *command, _processor()]).encode())
     cache = _cache_directory()
     for cached in cache.glob(f"kernels-{key}-*.so"):
         if cached.name == _file_name(key, cached.read_bytes()):  # to load a damaged one would kill the process
@@ -110,7 +120,7 @@ def _compile(command: list[str], openmp: tuple[str, ...]) -> ctypes.CDLL:
         compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         for step in (
-            [*command, *openmp, "-c", str(SOURCE), "-o", str(compiled)],
+            [*command, "-c", str(SOURCE), "-o", str(compiled)],
             [*command, "-shared", *link, str(compiled), "-o", str(linked)],
         ):
             subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -377,11 +378,51 @@ def check_works():
     check_encode(operand)
 
 
-def test_no_compiler_is_said(fresh, monkeypatch, tmp_path):
+@pytest.fixture
+def no_system_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(kernels.Unavailable, match="no C compiler .cc, gcc or clang. is installed"):
+
+
+def test_no_compiler_is_said(fresh, no_system_compiler, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(kernels.Unavailable, match="no C compiler .cc, gcc or clang. is installed; pip install 'apotfx"):
         fresh()
+
+
+def test_without_a_compiler_the_one_from_a_package_is_taken(no_system_compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang" or None)
+    assert kernels.find_compiler() == [sys.executable, "-m", "ziglang", "cc"]
+    (tmp_path / "cc").write_text("#!/bin/sh")
+    (tmp_path / "cc").chmod(0o755)
+    assert kernels.find_compiler() == [str(tmp_path / "cc")]
+    monkeypatch.setenv("CC", "ccache gcc")
+    assert kernels.find_compiler() == ["ccache", "gcc"]
+
+
+def test_the_compiler_from_a_package_works(fresh, no_system_compiler):
+    pytest.importorskip("ziglang")
+    kernels.library()
+    check_works()
+
+
+@needs_kernels
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("size, more", [(100_000, 2), (10_000, 0)], ids=["large", "small"])
+def test_threads_are_those_of_torch(size, more):
+    """Which it starts with the first work that it shares."""
+    code = f"""
+import os, torch
+from apotfx import kernels
+torch.set_num_threads(3)
+x = torch.empty({size})
+kernels.library()
+before = len(os.listdir("/proc/self/task"))
+kernels.standard_deviation(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{more}\n", done.stderr
 
 
 @pytest.mark.parametrize("compiler, reason", [
