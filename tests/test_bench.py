@@ -20,6 +20,8 @@ import bench
 import bench_common
 import bench_train
 
+from apotfx.engine import choose
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
@@ -150,10 +152,11 @@ def variants_of(*flags):
     return list(map(str, bench_train.chosen_variants(args)))
 
 
-def test_defaults_leave_out_whole_model_compilation_and_sweep_on_int8():
+def test_defaults_leave_out_whole_model_compilation_and_sweep_on_the_fastest_engine():
     names = [name.split()[0] for name in variants_of()]
     assert names == ["float", "float-amp", "eager", "compiled", "int8", "amp", "brevitas", "torch.ao"]
-    assert variants_of("--bits", "3,5") == ["float", "int8 3-bit apot", "int8 5-bit apot"]
+    fastest = choose().engine.name
+    assert variants_of("--bits", "3,5") == ["float", f"{fastest} 3-bit apot", f"{fastest} 5-bit apot"]
 
 
 def test_other_packages_are_uniform_whatever_the_scheme():

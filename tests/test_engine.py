@@ -74,7 +74,9 @@ def run(
     """As a layer does in evaluation, unless `exact` is False or there is a dtype."""
     x, w, clip_x, clip_w = tensors
     if dtype is None:
-        dtype = exact_dtype(accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device)
+        dtype = exact_dtype(
+            accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device
+        )
     return quantized_op(
         Operand(x, clip_x if levels_x else None, None, levels_x and encoding(levels_x, rectifier)),
         Operand(w, clip_w if levels_w else None, unit if levels_w else None, levels_w and encoding(levels_w)),
@@ -412,7 +414,9 @@ def test_accumulators_are_those_of_integer_arithmetic(operator, shape_x, shape_w
     n_x = nearest_level(x.clamp(-levels_x.max, levels_x.max), levels_x)
     n_w = nearest_level(w.clamp(-levels_w.max, levels_w.max), levels_w)
     expected = integer_operator(operator, n_x, n_w)
-    dtype = exact_dtype(accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device)
+    dtype = exact_dtype(
+        accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device
+    )
     accumulators = operator.forward(n_x.to(dtype), n_w.to(dtype))
     assert torch.equal(accumulators.long(), expected) and torch.equal(accumulators, accumulators.round())
     # With clips of max the scale is 1.

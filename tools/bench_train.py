@@ -41,7 +41,7 @@ from bench_common import (
 from torch import nn
 
 import apotfx
-from apotfx.engine import use_engine
+from apotfx.engine import choose, use_engine
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.training.distributed import pick_device
@@ -404,7 +404,8 @@ def bench_growth(axis: str, case: Case, variant: Variant, args: argparse.Namespa
 
 
 def own_engine(args: argparse.Namespace) -> str:
-    return "int8" if args.device == "cpu" else "compiled"
+    """The one that quantized layers choose themselves on the device."""
+    return choose().engine.name if args.device == "cpu" else "compiled"
 
 
 def chosen_variants(args: argparse.Namespace) -> list[Variant]:
@@ -451,7 +452,7 @@ def add_parsers(commands) -> None:
     add("--network", metavar="A,B", type=some_of(NETWORKS), default=[name for name in NETWORKS if name != "stack"],
         help=f"of {', '.join(NETWORKS)}, which is 8 plain convolutions of 64 channels (default all but that)")
     add("--variants", metavar="A,B", type=some_of(MODES),
-        help=f"of {', '.join(MODES)} (default all but {slow}, which compile for minutes; int8 alone for several levels)")
+        help=f"of {', '.join(MODES)} (default all but {slow}, which compile for minutes; the fastest engine for several levels)")
     add("--bits", metavar="N,N", type=some_of(range(MIN_BITS, MAX_BITS + 1)), default=[4], help="2 to 8 (default 4)")
     add("--scheme", metavar="A,B", type=some_of(SCHEMES), default=["apot"],
         help=f"of {', '.join(SCHEMES)} (default apot); brevitas and torch.ao are uniform")
@@ -467,7 +468,7 @@ def add_parsers(commands) -> None:
     add("--first-step", action="store_true",
         help="measure the first step too, each in a fresh process, with an empty and a filled cache of compiled code")
     add("--growth", action="store_true",
-        help="measure how time and memory of stack grow with batch, width, depth and bits, in float and int8")
+        help="measure how time and memory of stack grow with batch, width, depth and bits, in float and with the fastest engine")
     add("--json", metavar="FILE", type=Path, help="write every figure there")
     # fmt: on
     train.set_defaults(run=run_train)
