@@ -576,40 +576,45 @@ class TestReport:
         assert table_report.goal(row("apot", 2, {0: 99.0}, dataset="digits")) is None
 
     def test_pairs_have_equal_seeds(self):
-        rows = [row("apot", 3, {0: 99.2, 1: 99.5, 2: 99.3}), row("uniform", 3, {1: 99.4, 2: 99.0, 3: 98.0})]
+        rows = [
+            row("apot", 3, {0: 99.2, 1: 99.5, 2: 99.3, 4: 99.2}),
+            row("uniform", 3, {1: 99.4, 2: 99.0, 3: 98.0, 4: 99.0}),
+        ]
         single, *pooled = table_report.apot_minus_uniform(rows)
         assert single.where == ("default", "resnet10", "3")
-        assert single.differences == pytest.approx((0.1, 0.3))
-        # Student's t for one degree of freedom is 12.706 at 97.5%.
-        assert single.interval == pytest.approx((0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1), abs=1e-4)
+        assert single.differences == pytest.approx((0.1, 0.3, 0.2))
+        # Student's t for two degrees of freedom is 4.3027 at 97.5%; the standard deviation is 0.1.
+        half = 4.3027 * 0.1 / math.sqrt(3)
+        assert single.interval == pytest.approx((0.2 - half, 0.2 + half), abs=1e-4)
         assert [pair.where[1:] for pair in pooled] == [("all", "all")]  # over one network there is nothing to pool
 
     def test_pairs_are_pooled_over_networks_and_bits(self):
         rows = [
-            row(scheme, bits, {0: 99.0 + (scheme == "apot") * bits / 10, 1: 99.0}, arch=arch)
+            row(scheme, bits, {0: 99.0 + (scheme == "apot") * bits / 10, 1: 99.0, 2: 99.0}, arch=arch)
             for arch in ("resnet10", "resnet18")
             for bits in (2, 3)
             for scheme in ("apot", "uniform")
         ]
         pairs = {pair.where[1:]: pair.differences for pair in table_report.apot_minus_uniform(rows)}
         assert list(pairs)[-1] == ("all", "all")
-        assert sorted(pairs["all", "3"]) == pytest.approx([0, 0, 0.3, 0.3])
-        assert sorted(pairs["all", "all"]) == pytest.approx([0, 0, 0, 0, 0.2, 0.2, 0.3, 0.3])
+        assert sorted(pairs["all", "3"]) == pytest.approx([0, 0, 0, 0, 0.3, 0.3])
+        assert sorted(pairs["all", "all"]) == pytest.approx([*8 * [0], 0.2, 0.2, 0.3, 0.3])
         assert len(pairs) == 4 + 2 + 1
 
-    def test_a_single_pair_has_no_interval(self):
-        assert table_report.apot_minus_uniform([row("apot", 3, {0: 99.2}), row("uniform", 3, {0: 99.0})]) == []
+    def test_two_pairs_have_no_interval(self):
+        both = {0: 99.2, 1: 99.3}
+        assert table_report.apot_minus_uniform([row("apot", 3, both), row("uniform", 3, both)]) == []
 
     def test_ablations_are_compared_with_the_best_recipe(self):
         rows = [
-            row("apot", 3, {0: 99.5, 1: 99.4}, recipe="best"),
+            row("apot", 3, {0: 99.5, 1: 99.4, 3: 99.5}, recipe="best"),
             row("uniform", 3, {0: 99.9, 1: 99.9}, recipe="best"),
-            row("apot", 3, {1: 99.1, 0: 99.3, 2: 98.0}, recipe="best-no-ema"),
-            row("apot", 2, {0: 99.3, 1: 99.1}, recipe="best-no-ema"),  # there is no best one
+            row("apot", 3, {1: 99.1, 0: 99.3, 2: 98.0, 3: 99.25}, recipe="best-no-ema"),
+            row("apot", 2, {0: 99.3, 1: 99.1, 2: 99.2}, recipe="best-no-ema"),  # there is no best one
         ]
         (pair,) = table_report.ablated_minus_best(rows)
         assert pair.where == ("best-no-ema", "resnet10", "3", "apot")
-        assert sorted(pair.differences) == pytest.approx([-0.3, -0.2])
+        assert sorted(pair.differences) == pytest.approx([-0.3, -0.25, -0.2])
         header, _, line = table_report.paired_table([pair], "recipe", "network", "bits", "scheme").splitlines()
         assert header.count("|") == line.count("|") == 8 and "-0.250" in line
 

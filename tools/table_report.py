@@ -18,6 +18,7 @@ from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS
 from apotfx.training.recipes import RECIPES
 
+MIN_PAIRS = 3  # two may differ equally by chance, and their interval be empty
 MEASURES = (*SPLITS, "best_epoch_test")
 # Accuracy in percent on the training images of MNIST, as published; see the README.
 PUBLISHED = {
@@ -232,7 +233,7 @@ def differences(row: Row, other: Row) -> tuple[float, ...]:
 
 
 def apot_minus_uniform(rows: Iterable[Row]) -> list[Paired]:
-    """By recipe, network and bits; then over the networks, and over all bits. Of two pairs of runs or more."""
+    """By recipe, network and bits; then over the networks, and over all bits; where there are `MIN_PAIRS`."""
     rows = list(rows)
     uniform = {(row.recipe, row.arch, row.bits): row for row in rows if row.scheme == "uniform"}
     single, pooled, networks = [], defaultdict(tuple), defaultdict(set)
@@ -248,11 +249,11 @@ def apot_minus_uniform(rows: Iterable[Row]) -> list[Paired]:
         for (recipe, bits), of_all in sorted(pooled.items(), key=lambda item: item[0][1] == "all")
         if bits == "all" or len(networks[recipe]) > 1
     ]
-    return [pair for pair in (*single, *pooled) if len(pair.differences) > 1]
+    return [pair for pair in (*single, *pooled) if len(pair.differences) >= MIN_PAIRS]
 
 
 def ablated_minus_best(rows: Iterable[Row]) -> list[Paired]:
-    """By ablation, network, bits and scheme. Of two pairs of runs or more."""
+    """By ablation, network, bits and scheme; where there are `MIN_PAIRS`."""
     rows = list(rows)
     best = {(row.arch, row.bits, row.scheme): row for row in rows if row.recipe == "best"}
     pairs = [
@@ -260,7 +261,7 @@ def ablated_minus_best(rows: Iterable[Row]) -> list[Paired]:
         for row in rows
         if row.recipe in ABLATIONS and (other := best.get((row.arch, row.bits, row.scheme)))
     ]
-    return [pair for pair in pairs if len(pair.differences) > 1]
+    return [pair for pair in pairs if len(pair.differences) >= MIN_PAIRS]
 
 
 def paired_table(pairs: Iterable[Paired], *headers: str) -> str:
