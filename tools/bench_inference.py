@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 import tempfile
 import time
 import warnings
