@@ -341,36 +341,29 @@ class _QuantizedOp(torch.autograd.Function):
         return engine.product(operand_x, operand_w, scale_x, settings.operator, settings.dtype, settings.exact)
 
     @staticmethod
-    def backward(ctx, grad):
-        # once_differentiable takes as long as a small kernel; without grad mode it has nothing to do.
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
-    levels_x, levels_w, operator, dtype, _, clip_grad_factor, everywhere, engine = ctx.settings
-    x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
-    needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-    needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-    n_x = engine.levels(x, None, "x") if needs_w else None
-    # The scales go into the smaller operands, which saves a pass over the output and over the input.
-    grad_x, grad_w = operator.backward(
-        grad.to(dtype),
-        n_x.to(dtype) if needs_w else x.values,
-        engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
-        (needs_x, needs_w),
-    )
-    grad_clip_x = grad_clip_w = None
-    if needs_x:
-        grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
-    if needs_w:
-        grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
-    if clip_grad_factor != 1:
-        grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
-    return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
-
-
-_backward_once = once_differentiable(_backward)
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
+        levels_x, levels_w, operator, dtype, _, clip_grad_factor, everywhere, engine = ctx.settings
+        x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
+        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        n_x = engine.levels(x, None, "x") if needs_w else None
+        # The scales go into the smaller operands, which saves a pass over the output and over the input.
+        grad_x, grad_w = operator.backward(
+            grad.to(dtype),
+            n_x.to(dtype) if needs_w else x.values,
+            engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
+            (needs_x, needs_w),
+        )
+        grad_clip_x = grad_clip_w = None
+        if needs_x:
+            grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
+        if needs_w:
+            grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
+        if clip_grad_factor != 1:
+            grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
+        return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
 
 
 def quantized_op(

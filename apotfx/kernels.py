@@ -28,7 +28,6 @@ from .levels import LevelSet
 
 SOURCE = Path(__file__).with_name("kernels.c")
 PIECE = 1024  # as in kernels.c
-MAX_VIEWS = 256  # of a scratch buffer, by their shapes
 # Without contraction (fused multiply-add), which would change the last bit.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
@@ -229,23 +228,16 @@ class _Scratch(threading.local):
     """Buffers by name that are used again, as a fresh one would have to be mapped into memory page by page."""
 
     def __init__(self):
-        self.buffers: dict[tuple[str, torch.dtype], tuple[Tensor, dict]] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def like(self, x: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor of x's shape and strides; without a name a fresh one."""
         if name is None:
             return torch.empty_like(x, dtype=dtype)
-        buffer, views = self.buffers.get((name, dtype), (None, None))
+        buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < x.numel():
-            buffer, views = torch.empty(x.numel(), dtype=dtype), {}
-            self.buffers[name, dtype] = buffer, views
-        key = x.shape, x.stride()
-        view = views.get(key)
-        if view is None:
-            if len(views) == MAX_VIEWS:
-                views.clear()
-            views[key] = view = buffer.as_strided(*key)
-        return view
+            buffer = self.buffers[name, dtype] = torch.empty(x.numel(), dtype=dtype)
+        return buffer.as_strided(x.shape, x.stride())
 
 
 _scratch = _Scratch()

@@ -169,9 +169,6 @@ class QuantLayer(nn.Module):
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):
-            parameters = self._parameters
-            if name in parameters:
-                return parameters[name]
             parametrizations = self._modules.get("parametrizations", ())
             if name in parametrizations:
                 return parametrizations[name]()

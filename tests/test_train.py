@@ -87,6 +87,8 @@ def test_a_run_writes_everything(run_4_bit):
     assert config["arguments"]["bit"] == 4 and config["arguments"]["dataset"] == "digits"
     assert apotfx.BitPolicy.from_dict(config["policy"]) == apotfx.BitPolicy.default(4)
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert config["processor"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
+    assert len(config["processor"].split(", ")[0]) > 2
 
 
 def test_the_export_of_a_run_gives_the_accuracy_that_it_reports(run_4_bit):

@@ -9,11 +9,9 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torchvision
@@ -24,6 +22,7 @@ from apotfx.engine import choose
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.models import build_model
+from apotfx.training.run import processor_name
 
 SEED = 0
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -175,15 +174,6 @@ def describe_machine(device: str, threads: int | list[int]) -> dict:
         **packages,
         "fastest engine": str(choose()),
     }
-
-
-def processor_name() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    return platform.processor() or platform.machine()
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence]) -> str:

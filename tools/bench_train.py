@@ -452,7 +452,8 @@ def add_parsers(commands) -> None:
     add("--network", metavar="A,B", type=some_of(NETWORKS), default=[name for name in NETWORKS if name != "stack"],
         help=f"of {', '.join(NETWORKS)}, which is 8 plain convolutions of 64 channels (default all but that)")
     add("--variants", metavar="A,B", type=some_of(MODES),
-        help=f"of {', '.join(MODES)} (default all but {slow}, which compile for minutes; the fastest engine for several levels)")
+        help=f"of {', '.join(MODES)} (default all but {slow}, which compile for minutes; for several levels the fastest "
+             "engine)")
     add("--bits", metavar="N,N", type=some_of(range(MIN_BITS, MAX_BITS + 1)), default=[4], help="2 to 8 (default 4)")
     add("--scheme", metavar="A,B", type=some_of(SCHEMES), default=["apot"],
         help=f"of {', '.join(SCHEMES)} (default apot); brevitas and torch.ao are uniform")
@@ -468,7 +469,8 @@ def add_parsers(commands) -> None:
     add("--first-step", action="store_true",
         help="measure the first step too, each in a fresh process, with an empty and a filled cache of compiled code")
     add("--growth", action="store_true",
-        help="measure how time and memory of stack grow with batch, width, depth and bits, in float and with the fastest engine")
+        help="measure how time and memory of stack grow with batch, width, depth and bits, in float and with the "
+             "fastest engine")
     add("--json", metavar="FILE", type=Path, help="write every figure there")
     # fmt: on
     train.set_defaults(run=run_train)

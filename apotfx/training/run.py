@@ -1,5 +1,6 @@
 """A run's directory: what is written there besides checkpoints and events, and the results at its end."""
 
+import contextlib
 import json
 import platform
 import shlex
@@ -84,6 +85,7 @@ def write_config(
         "dataset": dataset,
         "policy": config.bit_policy().to_dict(),
         "device": str(device),
+        "processor": processor_name(),
         "processes": processes.world_size,
         "threads": torch.get_num_threads(),
         "engine": str(engine),
@@ -92,6 +94,20 @@ def write_config(
         "git_commit": _git_commit(),
     }
     write_atomic(run_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def processor_name() -> str:
+    """The model, and the instructions that torch uses: results differ in rounding between machines that differ here."""
+    return f"{_processor_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor_model() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:
