@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import table
 import table_report
 import table_runs
-from table_runs import ABLATIONS, LocalExecutor, Run, TableDirectory, execute, with_needed
+from table_runs import ABLATIONS, LocalExecutor, Run, TableDirectory, execute, parse_flags, with_needed
 
 from apotfx.errors import ApotfxError
 from apotfx.policy import BitPolicy
@@ -115,6 +115,12 @@ class TestFlags:
         assert [b for a, b in zip(flags, flags[1:]) if a == "--teacher"] == [
             f"runs/t/{best.START}/{arch}-float-s{seed}/checkpoint.pt" for arch, seed in best.TEACHERS
         ]
+
+    @pytest.mark.parametrize("flags, epochs", [((), best.SETTINGS["epochs"]), (("--epochs", "2"), 2)])
+    def test_without_lowering_a_run_has_the_epochs_of_all_of_it(self, flags, epochs):
+        for stages, bits in enumerate(best.LOWERING, 1):
+            run = Run("resnet10", "apot", bits, "best-no-lowering", 5)
+            assert parse_flags(TableDirectory("t", flags).new_flags(run)).epochs == stages * epochs
 
     @pytest.mark.parametrize("recipe", ABLATIONS)
     def test_every_ablation_differs_from_the_best_recipe_in_its_part(self, recipe):

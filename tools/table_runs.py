@@ -44,7 +44,8 @@ class Ablation:
     Attributes:
         flags: of `tools/train.py`, which take the part out.
         policy: makes the policy from the recipe's; None to keep that.
-        without: "teachers" or "lowering", if one of these is the part.
+        without: "teachers" or "lowering", if one of these is the part. Without lowering a run has as many epochs as
+            the runs of lowering have in all.
     """
 
     flags: tuple[str, ...] = ()
@@ -106,10 +107,14 @@ class Run:
         """The run whose weights this one starts from, if any: with the best recipe the next higher bits, or float."""
         if self.recipe in RECIPES and self.recipe != "best":
             return None
-        higher = [bits for bits in best.LOWERING if bits > self.bits]
-        if not higher or self.ablation.without == "lowering":
+        if not self.higher_bits or self.ablation.without == "lowering":
             return Run(self.arch, FLOAT, FLOAT_BITS, best.START, self.seed)
-        return replace(self, bits=min(higher))
+        return replace(self, bits=min(self.higher_bits))
+
+    @property
+    def higher_bits(self) -> list[int]:
+        """That the best recipe lowers from."""
+        return [bits for bits in best.LOWERING if bits > self.bits]
 
     @property
     def teachers(self) -> tuple["Run", ...]:
@@ -240,7 +245,11 @@ class TableDirectory:
             flags += ["--teacher", str(self.run_dir(teacher) / "checkpoint.pt")]
         if run.policy is not None:
             flags += ["--policy", str(self.policy_path(run))]
-        return [*flags, *self.flags, *run.ablation.flags, "--seed", str(run.seed), "--name", f"{self.name}/{run.name}"]
+        flags += [*self.flags, *run.ablation.flags]
+        if run.ablation.without == "lowering":
+            epochs = train.make_config(train.explicit_settings(parse_flags(flags))).epochs
+            flags += ["--epochs", str(epochs * (1 + len(run.higher_bits)))]
+        return [*flags, "--seed", str(run.seed), "--name", f"{self.name}/{run.name}"]
 
     def flags_now(self, run: Run) -> list[str]:
         """The flags of `tools/train.py` that start `run`, or continue it where it was stopped."""
