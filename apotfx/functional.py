@@ -56,8 +56,10 @@ class Operand:
 
     @property
     def scale(self) -> Tensor:
-        """The float step of one level; 1 for a float operand."""
-        return self.values.new_ones(()) if self.levels is None else self.used_clip / self.levels.max
+        """The float step of one level; 1 for a float operand, in float32 whatever its values are."""
+        if self.levels is None:
+            return self.values.new_ones((), dtype=torch.float32)
+        return self.used_clip / self.levels.max
 
 
 def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:

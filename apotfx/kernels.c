@@ -1,9 +1,9 @@
 /* The quantizer's arithmetic in one pass over memory each; kernels.py compiles and calls it.
 
-   Every function works on `rows` rows of `cols` floats that lie one after another, with one clip per row, and computes
-   what its namesake in functional.py does, operation by operation in float32, so that the levels are the same: where
-   torch divides a number by a tensor it multiplies with the reciprocal. Work is cut into blocks of fixed size, so that
-   sums do not depend on the number of threads. */
+   An operand is `rows` rows of `cols` floats that lie one after another, with one clip per row. Encoding, decoding and
+   gradients are those of functional.py, operation by operation in float32, so that the levels are the same: where torch
+   divides a number by a tensor it multiplies with the reciprocal. Work is cut into blocks of fixed size, so that sums
+   do not depend on the number of threads. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>

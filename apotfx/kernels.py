@@ -194,7 +194,8 @@ def accept(operand: Operand) -> bool:
         operand.levels is not None
         and x.dtype == clip.dtype == torch.float32
         and (unit is None or unit.dtype == torch.float32)
-        and x.device.type == "cpu"
+        and x.device.type == clip.device.type == "cpu"
+        and (unit is None or unit.device.type == "cpu")
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
         and clip.is_contiguous()
@@ -206,28 +207,25 @@ def _describe(operand: Operand) -> Described:
     values, clip, unit, levels = operand.values, operand.clip, operand.unit, operand.levels
     if not is_dense(values):
         values = values.contiguous()
-    rows, (address, table) = clip.numel(), _describe_levels(levels.set, levels.rectifier)
+    rows, (address, table, _) = clip.numel(), _describe_levels(levels.set, levels.rectifier)
     described = _Operand(values.data_ptr(), rows, values.numel() // rows, clip.data_ptr(), _pointer(unit), address)
     return Described(described, values, table)
 
 
-_described_levels = []  # which live as long as the process
-
-
 @functools.cache
-def _describe_levels(level_set: LevelSet, rectifier: tuple[float, float] | None) -> tuple[int, int]:
-    """Addresses of a `_Levels` and of its table."""
-    table = torch.tensor(level_set.encoding_table, dtype=torch.float32)
+def _describe_levels(level_set: LevelSet, rectifier: tuple[float, float] | None) -> tuple[int, int, tuple]:
+    """Addresses of a `_Levels` and of its table, and both, which live as long as the cache."""
+    table = torch.tensor(level_set.encoding_table, dtype=torch.float32, device="cpu")
     low, high = rectifier or (0.0, 0.0)
     levels = _Levels(table.data_ptr(), level_set.max, level_set.signed, rectifier is not None, low, high)
-    _described_levels.append((levels, table))
-    return ctypes.addressof(levels), table.data_ptr()
+    return ctypes.addressof(levels), table.data_ptr(), (levels, table)
 
 
 class _Scratch(threading.local):
     """Buffers by name that are used again, as a fresh one would have to be mapped into memory page by page."""
 
     def __init__(self):
+        torch.get_num_threads()  # by which torch hands its number of threads to OpenMP, in every thread anew
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def like(self, x: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
@@ -236,7 +234,7 @@ class _Scratch(threading.local):
             return torch.empty_like(x, dtype=dtype)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < x.numel():
-            buffer = self.buffers[name, dtype] = torch.empty(x.numel(), dtype=dtype)
+            buffer = self.buffers[name, dtype] = torch.empty(x.numel(), dtype=dtype, device="cpu")
         return buffer.as_strided(x.shape, x.stride())
 
 
@@ -245,7 +243,7 @@ _scratch = _Scratch()
 
 def scale(operand: Operand, factor: Tensor | None = None) -> Tensor:
     """`operand.scale`, times a factor (shape []) if there is one; shape of the clip."""
-    steps = torch.empty_like(operand.clip)
+    steps, factor = torch.empty_like(operand.clip), _as_float(factor)
     library().scale(describe(operand).operand, _pointer(factor), steps.data_ptr())
     return steps
 
@@ -257,7 +255,7 @@ def encode(operand: Operand, factor: Tensor | None = None, scratch: str | None =
     last until the next call with that name in the same thread.
     """
     described, values, table = describe(operand)
-    n = _scratch.like(values, scratch, torch.float32)
+    n, factor = _scratch.like(values, scratch, torch.float32), _as_float(factor)
     has_nan = library().encode_float(described, table, n.data_ptr(), _pointer(factor))
     return None if has_nan else n
 
@@ -283,7 +281,7 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
     described, values, _ = describe(operand)
     if grad.stride() != values.stride():
         grad = torch.empty_like(values).copy_(grad)
-    grad_clip, address = torch.empty_like(operand.clip), grad.data_ptr()
+    grad_clip, address, factor = torch.empty_like(operand.clip), grad.data_ptr(), _as_float(factor)
     if library().gradient(described, address, address, _pointer(factor), everywhere, grad_clip.data_ptr()):
         raise MemoryError("no memory for the gradient of a clip")
     return grad, grad_clip
@@ -291,7 +289,7 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
 
 def standard_deviation(x: Tensor) -> Tensor:
     """`functional.standard_deviation` of a dense float32 x on the CPU that is not empty, summed in float64."""
-    result = torch.empty((), dtype=torch.float32)
+    result = torch.empty((), dtype=torch.float32, device="cpu")
     if library().standard_deviation(x.data_ptr(), x.numel(), result.data_ptr()):
         raise MemoryError("no memory for a standard deviation")
     return result
@@ -364,7 +362,7 @@ def _describe_encoder(encoder: Encoder) -> _Encoder:
 @functools.cache
 def _steps(level_set: LevelSet) -> tuple[Tensor, Tensor]:
     """uint8 (entries of the encoding table that differ from the one before, by how much); none if they are too many."""
-    table = torch.tensor(level_set.encoding_table)
+    table = torch.tensor(level_set.encoding_table, device="cpu")
     steps = table.diff()
     starts = steps.nonzero().flatten() + 1
     if len(table) > 256 or len(starts) > 32:
@@ -380,7 +378,7 @@ def fits_byte(level_set: LevelSet) -> bool:
 @functools.cache
 def _byte_tables(level_set: LevelSet, zero_point: int) -> list[Tensor]:
     """int32 tables of the bytes of `level + zero_point`, the lowest first."""
-    return split_bytes(torch.tensor(level_set.encoding_table, dtype=torch.int32), level_set, zero_point)
+    return split_bytes(torch.tensor(level_set.encoding_table, dtype=torch.int32, device="cpu"), level_set, zero_point)
 
 
 def split_bytes(n: Tensor, level_set: LevelSet, zero_point: int) -> list[Tensor]:
@@ -390,6 +388,11 @@ def split_bytes(n: Tensor, level_set: LevelSet, zero_point: int) -> list[Tensor]
         low = torch.remainder(n + 128, 256) - 128 if level_set.signed else torch.remainder(n, 256)
         parts = [low, (n - low) // 256]
     return [part + zero_point for part in parts]
+
+
+def _as_float(factor: Tensor | None) -> Tensor | None:
+    """A factor as the kernels read it: that of the other operand, which may have another type or device."""
+    return None if factor is None else factor.float().cpu()
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -1,6 +1,8 @@
 import copy
+import importlib.util
 import itertools
 import math
+import os
 import pickle
 import shutil
 import threading
@@ -788,6 +790,50 @@ def test_a_model_in_float64_gives_the_bits_of_eager(fast):
     assert expected.dtype == torch.float64 and torch.equal(qmodel(x), expected)
 
 
+@fast_engine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_float_operand_of_any_type_beside_a_quantized_one(fast, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(activation_bits=32),))), [images()])
+    layer, x = qmodel.get_submodule("0"), images().to(dtype)
+
+    def compute(engine_, training):
+        layer.engine = engine_
+        y = layer.train(training)(x)
+        return y, torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))
+
+    assert torch.equal(compute(fast, False)[0], compute(EAGER, False)[0])
+    (mine, my_gradients), (expected, gradients) = compute(fast, True), compute(EAGER, True)
+    for a, b in zip((mine, *my_gradients), (expected, *gradients), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@every_engine
+def test_tensors_on_different_devices_are_torchs_error(engine_):
+    qmodel = small_model().eval()
+    for module in qmodel.modules():
+        if isinstance(module, QuantLayer):
+            module.engine = engine_
+    qmodel.get_submodule("2").to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        qmodel(images())
+
+
+@fast_engine
+def test_the_default_device_may_be_another(fast):
+    qmodel, x = small_model().train(), images()
+    for module in qmodel.modules():
+        if isinstance(module, QuantLayer):
+            module.engine = fast
+    expected = qmodel(x)
+    kernels._scratch.buffers.clear()
+    kernels._describe_levels.cache_clear()
+    kernels._byte_tables.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(qmodel(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("rectifier", [None, (0.0, math.inf)], ids=["signed", "relu"])
@@ -815,5 +861,6 @@ def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):
 
 def test_nothing_is_skipped_that_could_run():
     """What the marks of helpers.py skip for, this finds out in another way."""
-    assert (engine.what_kernels_lack() is None) is (kernels.find_compiler() is not None)
+    named = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
+    assert (engine.what_kernels_lack() is None) is (named or importlib.util.find_spec("ziglang") is not None)
     assert (engine.what_bytes_lack() is None) is (operators.HAS_ONEDNN and torch.cpu._is_vnni_supported())
