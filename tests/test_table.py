@@ -243,7 +243,9 @@ class TestExecute:
             assert {run.name for run in needs} <= set(executor.names[:i])
         assert {run for run, _ in ended} == set(ordered)
 
-    @pytest.mark.parametrize("result, reason", [(2, "exit code 2: it printed nothing"), (OSError("lost\nit"), "lost")])
+    @pytest.mark.parametrize(
+        "result, reason", [(2, "exit code 2: it printed nothing"), (OSError("of a\nlost\n"), "lost")]
+    )
     def test_a_failure_fails_what_needs_it_and_nothing_else(self, monkeypatch, result, reason):
         ordered = with_needed([Run("resnet10", scheme, 2, "best", 7) for scheme in ("apot", "uniform")])
         executor = FakeExecutor(lambda name: result if name == "best/resnet10-apot4-s7" else 0)
@@ -372,7 +374,7 @@ class TestWhole:
         with pytest.raises(ApotfxError, match="was trained with another policy; pass another --name"):
             TableDirectory("table", QUICK).require_same(Run("resnet10", "apot", 3, "default", 0))
 
-    def test_dry_run_prints_commands_that_work(self, finished, capsys):
+    def test_dry_run_prints_the_commands(self, finished, capsys):
         assert call(*ONE, "--dry-run") == 0
         first, line = capsys.readouterr().out.strip().splitlines()
         assert first == "# 0 of 1 runs are finished"
@@ -434,7 +436,36 @@ class TestWhole:
         path.write_text(yaml.safe_dump(config))
         assert call(*ONE) == 2
         error = capsys.readouterr().err
-        assert f"{path.parent}: was trained with another {key} than runs/table/default/resnet10-apot3-s0" in error
+        assert f"{path.parent}: {key} is not as in runs/table/default/resnet10-apot3-s0, and both" in error
+
+    def test_settings_that_make_no_row_with_others_are_told_before_the_first_training(self, finished, capsys):
+        shutil.copytree(finished / "runs", "runs")
+        assert call(*ONE, "--seeds", 7, quick=[*QUICK, "--lr", "0.2"]) == 2
+        error = capsys.readouterr().err
+        assert "default/resnet10-apot3-s7, which is to be trained: lr is not as in runs/table/default/resnet" in error
+        assert not Path("runs/table/default/resnet10-apot3-s7").exists()
+
+    def test_runs_with_other_teachers_make_no_row(self, finished):
+        shutil.copytree(finished / "runs", "runs")
+        paths = [Path(f"runs/table/default/resnet10-apot3-s{seed}/config.yaml") for seed in (0, 1)]
+        configs = [yaml.safe_load(path.read_text()) for path in paths]
+        for path, config, seed in zip(paths, configs, (0, 1)):
+            config["arguments"] |= {"pretrained": f"runs/float-s{seed}/checkpoint.pt", "teacher": ["t"]}
+            path.write_text(yaml.safe_dump(config))
+        assert [row.seeds for row in table_report.read_rows(Path("runs/table")) if row.scheme == "apot"] == [[0, 1]]
+        paths[1].write_text(yaml.safe_dump(configs[1] | {"arguments": configs[1]["arguments"] | {"teacher": ["u"]}}))
+        with pytest.raises(ApotfxError, match="teacher is not as in"):
+            table_report.read_rows(Path("runs/table"))
+
+    def test_two_runs_of_one_seed_are_refused(self, finished):
+        shutil.copytree(finished / "runs", "runs")
+        shutil.copytree("runs/table/default/resnet10-apot3-s0", "runs/table/default/resnet10-apot3-s0-copy")
+        with pytest.raises(ApotfxError, match=r"s0-copy: has seed 0, as runs/table/default/resnet10-apot3-s0 of the"):
+            table_report.read_rows(Path("runs/table"))
+
+    def test_a_report_needs_no_flags_of_the_trainings(self, finished, capsys):
+        shutil.copytree(finished / "runs", "runs")
+        assert call("--report", quick=[]) == 0
 
     def test_data_that_is_missing_is_told_before_the_first_training(self, capsys):
         assert call(*SMALLEST, quick=["--dataset", "mnist", "--data", "nowhere"]) == 2
@@ -558,13 +589,13 @@ def test_without_ray(monkeypatch, capsys):
     assert "--address: needs Ray; pip install 'apotfx[ray]'" in capsys.readouterr().err
 
 
-def row(scheme, bits, accuracies, recipe="default", dataset="mnist", arch="resnet10"):
-    config = {"arguments": {"dataset": dataset, "train_images": None}}
+def row(scheme, bits, accuracies, recipe="default", dataset="mnist", arch="resnet10", **settings):
     runs = tuple(
-        {"seed": seed, "config": config, "directory": f"d/{seed}"} | {f"{m}_acc": acc for m in table_report.MEASURES}
+        {"seed": seed, "directory": f"d/{seed}"} | {f"{m}_acc": acc for m in table_report.MEASURES}
         for seed, acc in accuracies.items()
     )
-    return table_report.Row(arch, scheme, bits, recipe, runs)
+    settings = {"dataset": dataset, "train_images": None, "scheme": scheme, "ema": 0.9, "lr": 0.1} | settings
+    return table_report.Row(arch, scheme, bits, recipe, runs, settings)
 
 
 class TestReport:
@@ -610,6 +641,20 @@ class TestReport:
     def test_two_pairs_have_no_interval(self):
         both = {0: 99.2, 1: 99.3}
         assert table_report.apot_minus_uniform([row("apot", 3, both), row("uniform", 3, both)]) == []
+
+    def test_equal_differences_have_no_interval(self):
+        three = {0: 99.5, 1: 99.25, 2: 99.0}
+        pair, _ = table_report.apot_minus_uniform([row("apot", 3, three), row("uniform", 3, three)])
+        assert pair.interval is None
+        assert "| all equal |" in " ".join(table_report.paired_table([pair], "recipe", "network", "bits").split())
+
+    def test_rows_of_other_settings_are_not_compared(self):
+        three = {0: 99.5, 1: 99.25, 2: 99.0}
+        rows = [row("apot", 3, three), row("uniform", 3, three, lr=0.2)]
+        assert table_report.apot_minus_uniform(rows) == []
+        best_row, ablated = row("apot", 3, three, recipe="best"), {"recipe": "best-no-ema", "ema": 0}
+        assert len(table_report.ablated_minus_best([best_row, row("apot", 3, three, **ablated)])) == 1
+        assert table_report.ablated_minus_best([best_row, row("apot", 3, three, lr=0.2, **ablated)]) == []
 
     def test_ablations_are_compared_with_the_best_recipe(self):
         rows = [

@@ -108,19 +108,24 @@ def run(args: argparse.Namespace) -> bool:
         raise ApotfxError(f"--report --name {args.name}: there is no {table.path}")
     with nullcontext() if args.dry_run else table.locked():
         missing = [run for run in wanted if not table.is_finished(run)]
-        for each in wanted:
+        for each in () if args.report else wanted:
             if each not in missing or table.is_started(each):
                 table.require_same(each)
+            if each in missing:
+                table.require_weights(each)
         if args.dry_run:
             print(f"# {len(wanted) - len(missing)} of {len(wanted)} runs are finished")
             for each in missing:
+                if each.policy is not None:
+                    print(f"# {table.policy_path(each)} is written before this one is trained")
                 print(f"python tools/train.py {shlex.join(table.flags_now(each))}")
             return True
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished", flush=True)
         require_packages()
         failures = {}
         if missing and not args.report:
-            read_rows(table.path)  # a damaged run, or data that is not there, ends the table before hours of training
+            # A damaged run, another row, or data that is not there ends the table before hours of training.
+            read_rows(table.path, {each: table.settings(each) for each in missing})
             load_dataset(
                 shared.dataset, getattr(flags, "data", None), image_size=shared.image_size, workers=flags.workers
             )

@@ -4,22 +4,27 @@ import importlib.util
 import io
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from bench_common import markdown
-from table_runs import ABLATIONS, SPLITS, read_config, read_result
+from table_runs import ABLATIONS, SPLITS, Run, differing, read_config, read_result, settings_of
 
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.policy import FLOAT_BITS
 from apotfx.training.recipes import RECIPES
 
-MIN_PAIRS = 3  # two may differ equally by chance, and their interval be empty
+MIN_PAIRS = 3  # two say too little of their spread
 MEASURES = (*SPLITS, "best_epoch_test")
+# What APoT's and uniform's runs may differ in, and those of the best recipe with and without a part.
+OF_A_SCHEME = {"seed", "scheme", "policy", "pretrained"}
+OF_AN_ABLATION = {"seed", "policy", "pretrained", "teacher", "epochs", "clip_lr", "ema"}
 # Accuracy in percent on the training images of MNIST, as published; see the README.
 PUBLISHED = {
     ("resnet18", "apot"): {5: 99.58, 4: 99.49, 3: 99.30, 2: 98.45},
@@ -39,6 +44,7 @@ class Row:
     bits: int
     recipe: str
     runs: tuple[dict, ...]
+    settings: dict  # of `settings_of`, as `_without_seed` leaves them
 
     @property
     def seeds(self) -> list[int]:
@@ -71,13 +77,28 @@ def require_packages() -> None:
             raise ApotfxError(f"tools/table.py needs {package}; pip install 'apotfx[table]'")
 
 
-def read_rows(directory: Path) -> list[Row]:
+def read_rows(directory: Path, planned: Mapping[Run, dict] = MappingProxyType({})) -> list[Row]:
     """The rows of all finished runs below `directory`: by recipe as `RECIPES` has them, network, bits and scheme.
 
+    Args:
+        directory: of the table.
+        planned: runs that are to come, and their settings as `settings_of` gives them.
+
     Raises:
-        ApotfxError: a run is damaged, or runs of a row differ in more than their seed and what weights they start from.
+        ApotfxError: a run is damaged, or runs of a row, those to come among them, differ in more than their seed, or
+            not in that.
     """
-    groups, settings = defaultdict(list), {}
+    groups: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    settings: dict[tuple, tuple[str, dict]] = {}
+
+    def require_equal(key: tuple, name: str, of_run: dict) -> None:
+        first, expected = settings.setdefault(key, (name, _without_seed(of_run)))
+        for setting in differing(_without_seed(of_run), expected):
+            raise ApotfxError(
+                f"{name}: {setting.replace('_', '-')} is not as in {first}, and both would be in one row; move one of "
+                f"them away, or pass another --name"
+            )
+
     for path in sorted(directory.glob("*/*/result.json")):
         result, config = read_result(path.parent), read_config(path.parent)
         arguments = config["arguments"]
@@ -94,16 +115,15 @@ def read_rows(directory: Path) -> list[Row]:
             "config": {key: value for key, value in config.items() if key != "policy"},
         }
         key = path.parent.parent.name, arguments["arch"], bits, scheme
-        groups[key].append(run)
-        same = {k: v for k, v in arguments.items() if k not in ("seed", "pretrained", "teacher")}
-        same["policy"] = config["policy"]
-        first, expected = settings.setdefault(key, (path.parent, same))
-        for name in same:
-            if same[name] != expected[name]:
-                raise ApotfxError(
-                    f"{path.parent}: was trained with another {name.replace('_', '-')} than {first}, and would be in "
-                    f"one row with it; move one of them away"
-                )
+        require_equal(key, str(path.parent), settings_of(config))
+        other = groups[key].setdefault(run["seed"], run)
+        if other is not run:
+            raise ApotfxError(
+                f"{path.parent}: has seed {run['seed']}, as {directory / other['directory']} of the same row has; move "
+                f"one of them away"
+            )
+    for run, of_run in planned.items():
+        require_equal((run.recipe, run.arch, run.bits, run.scheme), f"{run.name}, which is to be trained", of_run)
 
     def place(key: tuple) -> tuple:
         recipe, arch, bits, scheme = key
@@ -111,10 +131,16 @@ def read_rows(directory: Path) -> list[Row]:
         return rank, recipe, arch, -bits, scheme
 
     return [
-        Row(arch, scheme, bits, recipe, tuple(sorted(groups[key], key=lambda run: run["seed"])))
+        Row(arch, scheme, bits, recipe, tuple(groups[key][seed] for seed in sorted(groups[key])), settings[key][1])
         for key in sorted(groups, key=place)
         for recipe, arch, bits, scheme in [key]
     ]
+
+
+def _without_seed(settings: dict) -> dict:
+    """Settings as all runs of a row have them: without the seed, also in the path of the weights to start from."""
+    pretrained = settings["pretrained"] and re.sub(r"-s\d+(?=/|$)", "-s*", settings["pretrained"])
+    return {key: value for key, value in settings.items() if key != "seed"} | {"pretrained": pretrained}
 
 
 def write_report(directory: Path, command: str) -> list[Row]:
@@ -152,7 +178,8 @@ The published figures are accuracies on training images; here they are goals for
 SCHEMES_COMPARED = """\
 Test accuracy of APoT minus that of uniform, in points, with the same seed (the same initial weights, order of images
 and augmentation), and the 95% confidence interval of its mean (Student's t over the pairs). An interval that holds 0
-does not tell which is better. Over several networks or bits, pairs count as independent.
+does not tell which is better; differences that are all equal have none. Over several networks or bits, pairs count as
+independent. Rows that differ in other settings too are not compared.
 """
 ABLATIONS_COMPARED = """\
 Test accuracy without one part of the best recipe minus that with all of them, in points, in the same way.
@@ -181,8 +208,7 @@ def with_spread(mean: float, std: float | None) -> str:
 
 def goal(row: Row) -> float | None:
     """The published accuracy of a row on all of MNIST."""
-    arguments = row.runs[0]["config"]["arguments"]
-    if arguments["dataset"] != "mnist" or arguments.get("train_images") is not None:
+    if row.settings["dataset"] != "mnist" or row.settings["train_images"] is not None:
         return None
     return PUBLISHED.get((row.arch, row.scheme), {}).get(row.bits)
 
@@ -216,18 +242,22 @@ class Paired:
     differences: tuple[float, ...]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% confidence interval of the mean, by Student's t."""
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% confidence interval of the mean, by Student's t; None if all differences are equal."""
         from scipy.stats import t
 
         n = len(self.differences)
+        if statistics.stdev(self.differences) == 0:
+            return None
         half = t.ppf(0.975, n - 1) * statistics.stdev(self.differences) / math.sqrt(n)
         mean = statistics.fmean(self.differences)
         return mean - half, mean + half
 
 
-def differences(row: Row, other: Row) -> tuple[float, ...]:
-    """Test accuracy of `row` minus that of `other`, for each seed that both have."""
+def differences(row: Row, other: Row, may_differ: Set[str]) -> tuple[float, ...]:
+    """Test accuracy of `row` minus that of `other`, for each seed that both have; none if more settings differ."""
+    if not may_differ.issuperset(differing(row.settings, other.settings)):
+        return ()
     accuracies = dict(zip(other.seeds, other.accuracies("test")))
     return tuple(acc - accuracies[seed] for seed, acc in zip(row.seeds, row.accuracies("test")) if seed in accuracies)
 
@@ -240,7 +270,7 @@ def apot_minus_uniform(rows: Iterable[Row]) -> list[Paired]:
     for row in rows:
         other = uniform.get((row.recipe, row.arch, row.bits))
         if row.scheme == "apot" and other:
-            single.append(Paired((row.recipe, row.arch, str(row.bits)), differences(row, other)))
+            single.append(Paired((row.recipe, row.arch, str(row.bits)), differences(row, other, OF_A_SCHEME)))
             networks[row.recipe].add(row.arch)
             for bits in (str(row.bits), "all"):
                 pooled[row.recipe, bits] += single[-1].differences
@@ -257,7 +287,7 @@ def ablated_minus_best(rows: Iterable[Row]) -> list[Paired]:
     rows = list(rows)
     best = {(row.arch, row.bits, row.scheme): row for row in rows if row.recipe == "best"}
     pairs = [
-        Paired((row.recipe, row.arch, str(row.bits), row.scheme), differences(row, other))
+        Paired((row.recipe, row.arch, str(row.bits), row.scheme), differences(row, other, OF_AN_ABLATION))
         for row in rows
         if row.recipe in ABLATIONS and (other := best.get((row.arch, row.bits, row.scheme)))
     ]
@@ -269,7 +299,7 @@ def paired_table(pairs: Iterable[Paired], *headers: str) -> str:
     lines = [
         [
             *pair.where, len(pair.differences), f"{statistics.fmean(pair.differences):+.3f}",
-            "{:+.3f} to {:+.3f}".format(*pair.interval),
+            "{:+.3f} to {:+.3f}".format(*pair.interval) if pair.interval else "all equal",
         ]
         for pair in pairs
     ]  # fmt: skip

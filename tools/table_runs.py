@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -166,6 +167,16 @@ def read_config(run_dir: Path) -> dict:
     return _read(run_dir / "config.yaml", parse)
 
 
+def settings_of(config: dict) -> dict:
+    """The arguments and the policy that `read_config` found."""
+    return config["arguments"] | {"policy": config["policy"]}
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """The settings in which two runs differ. A data set that is not named yet differs from none."""
+    return [key for key in a if a[key] != b[key] and not (key == "dataset" and None in (a[key], b[key]))]
+
+
 def read_result(run_dir: Path) -> dict:
     """What `result.json` says. Raises: ApotfxError: it is damaged."""
 
@@ -174,7 +185,9 @@ def read_result(run_dir: Path) -> dict:
         for key in (f"{weights}{split}_acc" for weights in ("", "last_") for split in SPLITS):
             if not math.isfinite(content[key]):
                 raise ValueError(f"{key} is {content[key]}")
-        return content | {key: content[key] for key in ("seed", "best_epoch", "integer_test_acc", "seconds")}
+        if type(content["seed"]) is not int:
+            raise ValueError(f"seed is {content['seed']}")
+        return content | {key: content[key] for key in ("best_epoch", "integer_test_acc", "seconds")}
 
     return _read(run_dir / "result.json", parse)
 
@@ -184,7 +197,7 @@ def _read(path: Path, parse: Callable[[str], dict]) -> dict:
         return parse(path.read_text())
     except KeyError as error:
         problem = f"has no {error.args[0]}"
-    except (OSError, ValueError, TypeError, yaml.YAMLError, ApotfxError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError, ApotfxError) as error:
         problem = str(error).splitlines()[0]
     raise ApotfxError(f"{path}: cannot be read ({problem}); put it back, or delete {path.parent} to train it again")
 
@@ -267,37 +280,38 @@ class TableDirectory:
             return
         if self.run_dir(run).exists():  # stopped before there was anything to continue
             shutil.rmtree(self.run_dir(run))
-        for needed in run.needs:
-            path = self.run_dir(needed) / "checkpoint.pt"
-            if not path.is_file():
-                raise ApotfxError(
-                    f"{run.name}: needs {path}, which is missing although that run is finished; put the file back, or "
-                    f"delete {path.parent} to train it again"
-                )
+        self.require_weights(run)
         if run.policy is not None:
             path = self.policy_path(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, yaml.safe_dump(run.policy.to_dict(), sort_keys=False).encode())
 
-    def require_same(self, run: Run) -> None:
-        """Raises: ApotfxError: `run`, which was finished or stopped, had other settings than these."""
-        config = read_config(self.run_dir(run))
-        args = parse_flags(self.new_flags(run))
-        vars(args).pop("policy", None)
-        wanted = train.make_config(train.explicit_settings(args))
-        policy = (run.policy or wanted.bit_policy()).to_dict()
-        if config["policy"] != policy:
-            raise ApotfxError(f"{self.run_dir(run)}: was trained with another policy; {self._fix(run)}")
-        for key, value in asdict(wanted).items():
-            had = config["arguments"][key]
-            if had != value and not (key == "dataset" and value is None):
-                flag = f"--{key.replace('_', '-')}"
+    def require_weights(self, run: Run) -> None:
+        """Raises: ApotfxError: the weights of a finished run that `run` needs are missing."""
+        for needed in run.needs:
+            path = self.run_dir(needed) / "checkpoint.pt"
+            if self.is_finished(needed) and not path.is_file():
                 raise ApotfxError(
-                    f"{self.run_dir(run)}: was trained with {flag} {had}, this table asks for {value}; {self._fix(run)}"
+                    f"{run.name}: needs {path}, which is missing although that run is finished; put the file back, or "
+                    f"delete {path.parent} to train it again"
                 )
 
-    def _fix(self, run: Run) -> str:
-        return f"pass another --name, or delete {self.run_dir(run)} to train it again"
+    def settings(self, run: Run) -> dict:
+        """What `run` is to be trained with, as `settings_of` gives it of one that was; the data set may be None."""
+        args = parse_flags(self.new_flags(run))
+        vars(args).pop("policy", None)
+        config = train.make_config(train.explicit_settings(args))
+        return asdict(config) | {"policy": (run.policy or config.bit_policy()).to_dict()}
+
+    def require_same(self, run: Run) -> None:
+        """Raises: ApotfxError: `run`, which was finished or stopped, had other settings than these."""
+        had, wanted = settings_of(read_config(self.run_dir(run))), self.settings(run)
+        for key in differing(had, wanted):
+            what = f"--{key.replace('_', '-')} {had[key]}, this table asks for {wanted[key]}"
+            raise ApotfxError(
+                f"{self.run_dir(run)}: was trained with {'another policy' if key == 'policy' else what}; "
+                f"pass another --name, or delete {self.run_dir(run)} to train it again"
+            )
 
 
 class Executor(Protocol):
@@ -313,7 +327,7 @@ class Executor(Protocol):
 
 def start_command(command: list[str], log: str, directory: str, environment: dict[str, str]) -> subprocess.Popen:
     """`command`, started in `directory` with its output appended to `log`."""
-    with open(log, "a") as file:
+    with open(Path(directory, log), "a") as file:
         return subprocess.Popen(
             command, cwd=directory, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment,
             start_new_session=True, close_fds=False,
@@ -337,6 +351,8 @@ class LocalExecutor:
         self.at_once = len(places)
         self.pool = ThreadPoolExecutor(self.at_once)
         self.processes: list[subprocess.Popen] = []
+        self.starting = threading.Lock()
+        self.stopping = False
 
     def submit(self, command: list[str], log: Path) -> "Future[int]":
         return self.pool.submit(self._run, command, log)
@@ -344,8 +360,11 @@ class LocalExecutor:
     def _run(self, command: list[str], log: Path) -> int:
         place = self.places.get()
         try:
-            process = start_command(command, str(log), os.getcwd(), place)
-            self.processes.append(process)
+            with self.starting:
+                if self.stopping:
+                    return -signal.SIGINT
+                process = start_command(command, str(log), os.getcwd(), place)
+                self.processes.append(process)
             return process.wait()
         finally:
             self.places.put(place)
@@ -353,6 +372,8 @@ class LocalExecutor:
     def stop(self) -> None:
         """End the trainings, which write their checkpoints first."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        with self.starting:
+            self.stopping = True
         for process in self.processes:
             process.send_signal(signal.SIGINT)
         self.pool.shutdown(wait=True)
@@ -408,7 +429,7 @@ def _require_reachable(address: str, seconds: float = 10) -> None:
     if found:
         try:
             socket.create_connection((found[1], int(found[2])), timeout=seconds).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ApotfxError(f"--address {address}: cannot be reached ({error}); is the cluster up?") from None
 
 
@@ -450,7 +471,8 @@ def _failure(future: "Future[int]", log: Path) -> str | None:
     try:
         code = future.result()
     except Exception as error:  # whatever a cluster has to say of a machine that it lost
-        return (str(error) or type(error).__name__).splitlines()[0]
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return lines[-1].strip() if lines else type(error).__name__  # Ray's begins with the worker's traceback
     if code == 0:
         return None
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
