@@ -6,8 +6,10 @@ All engines compute the same function: in evaluation the same bits, in training 
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+import os
+import shutil
 from contextlib import nullcontext
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -51,14 +53,21 @@ class Eager:
         """`operand.scale`, times a factor (shape []) if there is one."""
         return operand.scale if factor is None else operand.scale * factor
 
-    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
+    def levels(
+        self,
+        operand: Operand,
+        factor: Tensor | None = None,
+        scratch: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """The operand's integer levels, in float; with a factor (shape []) times it and the float step of a level.
 
         For a float operand, its values stand for the levels, with step 1. With the name of a `scratch` buffer, the
-        result may live there until the next call with that name in the same thread.
+        result may live there until the next call with that name in the same thread. It is rounded to `dtype`, if given.
         """
         n = operand.values if operand.levels is None else F.encode(operand.values, operand.used_clip, operand.levels)
-        return n if factor is None else n * (operand.scale * factor).to(n.dtype)
+        n = n if factor is None else n * (operand.scale * factor).to(n.dtype)
+        return n if dtype is None else n.to(dtype)
 
     def level_bytes(
         self, operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
@@ -79,8 +88,10 @@ class Eager:
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients for the operand's values and clip, given `grad`, the one for its quantized values / `factor`.
 
-        May overwrite `grad`. `n`: the operand's levels, where they are at hand.
+        They have the dtype of the values and of the clip. May overwrite `grad`. `n`: the operand's levels, where they
+        are at hand.
         """
+        grad = grad.to(operand.values.dtype)
         if factor is not None:
             grad = grad * factor
         if operand.levels is None:
@@ -101,45 +112,52 @@ class Eager:
             scale = output_shaped(self.scale(w, scale_x), operator)
             return scaled_op(self.levels(x, None, "x"), self.levels(w, None, "w"), scale, operator, dtype)
         # The scale goes into the weight, which is smaller than the output.
-        return operator.forward(self.levels(x, None, "x").to(dtype), self.levels(w, scale_x, "w").to(dtype))
+        return operator.forward(self.levels(x, None, "x", dtype), self.levels(w, scale_x, "w", dtype))
 
 
-class Inductor(Eager):
-    """The plain operations in one kernel per step, by torch.compile: Triton on a GPU, one compilation per level set."""
+class OnGpu(Eager):
+    """The quantizer's arithmetic in Triton kernels where they take it."""
 
-    name = "inductor"
+    name = "on-gpu"
 
-    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
-        if operand.levels is None or not F.is_dense(operand.values) or operand.clip.dim():
-            return super().levels(operand, factor)
-        n = _inductor(F.encode)(F.flat(operand.values), operand.used_clip, operand.levels)
-        n = n.as_strided(operand.values.shape, operand.values.stride())
-        return n if factor is None else n * (operand.scale * factor)
+    def standard_deviation(self, w: Tensor) -> Tensor:
+        kernels = _gpu_kernels()
+        return kernels.standard_deviation(w) if kernels.accept_values(w) else super().standard_deviation(w)
+
+    def scale(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
+        kernels = _gpu_kernels()
+        return kernels.scale(operand, factor) if kernels.accept(operand) else super().scale(operand, factor)
+
+    def levels(self, operand, factor=None, scratch=None, dtype=None):
+        kernels = _gpu_kernels()
+        if not kernels.accept(operand):
+            return super().levels(operand, factor, dtype=dtype)
+        return kernels.encode(operand, factor, dtype or torch.float32)
 
     def gradient(self, grad, operand, n=None, factor=None, everywhere=False):
-        x = operand.values
-        alike = F.is_dense(x) and grad.stride() == x.stride() and (n is None or n.stride() == x.stride())
-        if operand.levels is None or operand.clip.dim() or not alike:
-            return super().gradient(grad, operand, n, factor, everywhere)
-        grad = grad if factor is None else grad * factor
-        n = self.levels(operand) if n is None else n
-        grad_x, grad_clip = _inductor(F.quantization_gradient)(
-            F.flat(grad), F.flat(x), F.flat(n), operand.used_clip, operand.levels, everywhere
-        )
-        return grad_x.as_strided(x.shape, x.stride()), grad_clip if operand.unit is None else grad_clip * operand.unit
+        kernels = _gpu_kernels()
+        if kernels.accept(operand):
+            return kernels.gradient(grad, operand, factor, everywhere)
+        return super().gradient(grad, operand, n, factor, everywhere)
+
+    def product(
+        self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
+    ) -> Tensor:
+        if exact:
+            return super().product(x, w, scale_x, operator, dtype, exact)
+        # In bfloat16 too: autocast rounds weights as well, and another pass over the output costs more.
+        return operator.forward(self.levels(x, dtype=dtype), self.levels(w, scale_x, dtype=dtype))
 
 
 @functools.cache
-def _inductor(function: Callable) -> Callable:
-    import torch._dynamo  # here, as it takes a second
+def _gpu_kernels() -> ModuleType:
+    from . import gpu_kernels  # here, as not every machine has Triton
 
-    # Each level set compiles anew; at torch's limit of 8 the others would silently stay slow.
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    return torch._dynamo.config.patch(limit, 256)(torch.compile(function, dynamic=True))
+    return gpu_kernels
 
 
 class Compiled(Eager):
-    """The quantizer's arithmetic in compiled kernels: ours for float32 on the CPU, torch.compile's on a GPU."""
+    """The quantizer's arithmetic in our compiled kernels: C for float32 on the CPU, Triton on a GPU."""
 
     name = "compiled"
 
@@ -147,14 +165,18 @@ class Compiled(Eager):
         on_cpu = w.dtype == torch.float32 and w.device.type == "cpu" and type(w) in (Tensor, nn.Parameter)
         if on_cpu and w.numel() and F.is_dense(w) and not torch.compiler.is_compiling():
             return kernels.standard_deviation(w)
-        return super().standard_deviation(w)
+        return _for_device(w).standard_deviation(w)
 
     def scale(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
-        return kernels.scale(operand, factor) if kernels.describe(operand) else super().scale(operand, factor)
+        if kernels.describe(operand):
+            return kernels.scale(operand, factor)
+        return _for_device(operand.values).scale(operand, factor)
 
-    def levels(self, operand: Operand, factor: Tensor | None = None, scratch: str | None = None) -> Tensor:
+    def levels(self, operand, factor=None, scratch=None, dtype=None):
         n = kernels.encode(operand, factor, scratch) if kernels.describe(operand) else None
-        return _otherwise(operand).levels(operand, factor) if n is None else n
+        if n is None:
+            return _for_device(operand.values).levels(operand, factor, dtype=dtype)
+        return n if dtype is None else n.to(dtype)
 
     def level_bytes(
         self, operand: Operand, dtype: torch.dtype, zero_point: int = 0, scratch: str | None = None
@@ -162,15 +184,19 @@ class Compiled(Eager):
         return kernels.encode_bytes(operand, dtype, zero_point, scratch)
 
     def gradient(self, grad, operand, n=None, factor=None, everywhere=False):
-        if grad.dtype == torch.float32 and kernels.describe(operand):
-            return kernels.gradient(grad, operand, factor, everywhere)
-        return _otherwise(operand).gradient(grad, operand, n, factor, everywhere)
+        if kernels.describe(operand):
+            return kernels.gradient(grad.float(), operand, factor, everywhere)
+        return _for_device(operand.values).gradient(grad, operand, n, factor, everywhere)
+
+    def product(self, x, w, scale_x, operator, dtype, exact):
+        if x.values.device.type == "cpu":
+            return super().product(x, w, scale_x, operator, dtype, exact)
+        return _for_device(x.values).product(x, w, scale_x, operator, dtype, exact)
 
 
-def _otherwise(operand: Operand) -> Eager:
-    """What computes an operand that our kernels do not accept."""
-    on_gpu = operand.values.device.type == "cuda" and not torch.compiler.is_compiling()
-    return INDUCTOR if on_gpu and HAS_TRITON else EAGER
+def _for_device(x: Tensor) -> Eager:
+    """What computes what our kernels for the CPU do not accept."""
+    return ON_GPU if x.device.type == "cuda" and HAS_TRITON else EAGER
 
 
 class Int8(Eager):
@@ -219,7 +245,7 @@ def _sum_of_products(x_bytes: list[Tensor], zero_point: int, w_bytes: list[Tenso
     return total
 
 
-EAGER, INDUCTOR, COMPILED = Eager(), Inductor(), Compiled()
+EAGER, ON_GPU, COMPILED = Eager(), OnGpu(), Compiled()
 ENGINES = ("int8", "compiled", "eager")
 
 
@@ -233,11 +259,12 @@ class Choice(NamedTuple):
         return f"{self.engine.name} ({self.reason})"
 
 
-def choose(name: str = "auto") -> Choice:
+def choose(name: str = "auto", device: torch.device | str = "cpu") -> Choice:
     """The engine of that name, or the next slower one that works here.
 
     Args:
         name: "int8", "compiled", "eager", or "auto" for the fastest.
+        device: where the model lies.
 
     Raises:
         ApotfxError: there is no such engine.
@@ -247,12 +274,16 @@ def choose(name: str = "auto") -> Choice:
     wanted = "the fastest" if name == "auto" else "asked for"
     if name == "eager":
         return Choice(EAGER, wanted)
-    no_kernels, no_bytes = what_kernels_lack(), what_bytes_lack()
+    on_gpu = torch.device(device).type == "cuda"
+    no_kernels = what_gpu_kernels_lack() if on_gpu else what_kernels_lack()
+    no_bytes = None if on_gpu else what_bytes_lack()
     if no_kernels or no_bytes:
         say_once(f"quantized layers run slower than they could: {no_kernels or no_bytes}")
     base, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
-    if name == "compiled":
+    if name == "compiled" or (on_gpu and name == "auto"):
         return Choice(base, ", ".join(reasons) or wanted)
+    if on_gpu:
+        no_bytes = "it runs on the CPU only"
     if no_bytes:
         reasons.append(f"no 8-bit arithmetic: {no_bytes}")
     return Choice(base if no_bytes else Int8(base), ", ".join(reasons) or wanted)
@@ -264,7 +295,7 @@ def _chosen(name: str) -> Eager:
 
 def use_engine(model: nn.Module, name: str = "auto") -> Choice:
     """Let the engine that `choose(name)` gives compute all quantized layers of `model`; returns it."""
-    choice = choose(name)
+    choice = choose(name, next((p.device for p in model.parameters()), "cpu"))
     for module in model.modules():
         if hasattr(module, "engine"):
             module.engine = choice.engine
@@ -283,6 +314,13 @@ def what_kernels_lack() -> str | None:
     except kernels.Unavailable as error:
         return str(error)
     return None
+
+
+@functools.cache
+def what_gpu_kernels_lack() -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    return None if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))) else "Triton needs gcc or clang"
 
 
 @functools.cache
@@ -308,12 +346,14 @@ def what_bytes_lack() -> str | None:
 
 
 def _one(like: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or like.dtype != torch.float32 or like.device.type != "cpu":
+    if torch.compiler.is_compiling() or like.dtype != torch.float32 or type(like) not in (Tensor, nn.Parameter):
         return like.new_ones(())
-    return ONE
+    return _one_on(like.device)
 
 
-ONE = torch.ones(())
+@functools.cache
+def _one_on(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 class _Settings(NamedTuple):
@@ -348,19 +388,19 @@ class _QuantizedOp(torch.autograd.Function):
         x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        n_x = engine.levels(x, None, "x") if needs_w else None
+        n_x = engine.levels(x, None, "x", dtype) if needs_w else None
         # The scales go into the smaller operands, which saves a pass over the output and over the input.
         grad_x, grad_w = operator.backward(
             grad.to(dtype),
-            n_x.to(dtype) if needs_w else x.values,
-            engine.levels(w, _one(w.values), "w").to(dtype) if needs_x else w.values,
+            n_x if needs_w else x.values.to(dtype),
+            engine.levels(w, _one(w.values), "w", dtype) if needs_x else w.values.to(dtype),
             (needs_x, needs_w),
         )
         grad_clip_x = grad_clip_w = None
         if needs_x:
-            grad_x, grad_clip_x = engine.gradient(grad_x.to(x.values.dtype), x, n_x)
+            grad_x, grad_clip_x = engine.gradient(grad_x, x, n_x)
         if needs_w:
-            grad_w, grad_clip_w = engine.gradient(grad_w.to(w.values.dtype), w, None, scale_x, everywhere)
+            grad_w, grad_clip_w = engine.gradient(grad_w, w, None, scale_x, everywhere)
         if clip_grad_factor != 1:
             grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
         return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None

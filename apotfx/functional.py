@@ -59,7 +59,13 @@ class Operand:
         """The float step of one level; 1 for a float operand, in float32 whatever its values are."""
         if self.levels is None:
             return self.values.new_ones((), dtype=torch.float32)
-        return self.used_clip / self.levels.max
+        return level_step(self.used_clip, self.levels.max)
+
+
+def level_step(clip: Tensor, max_level: int) -> Tensor:
+    """`clip / max_level`, the float step of one level."""
+    # By a tensor: CUDA divides by a number through its reciprocal, which rounds unlike the CPU.
+    return clip / torch.full((), max_level, dtype=clip.dtype, device=clip.device)
 
 
 def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
@@ -101,7 +107,7 @@ def rectify(x: Tensor, levels: Levels) -> Tensor:
 
 def decode(n: Tensor, clip: Tensor, levels: Levels) -> Tensor:
     """The float values `clip * n / max` that integer levels n stand for; shapes as in `encode`."""
-    return n * (clip / levels.max)
+    return n * level_step(clip, levels.max)
 
 
 def fake_quantize(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:

@@ -62,7 +62,7 @@ class Geometry(NamedTuple):
     def finish(self, y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """y plus bias, with as many dimensions as the layer's input x has."""
         if bias is not None:
-            y = y + bias.reshape(self.operator.channel_shape)
+            y = y + bias.to(y.dtype).reshape(self.operator.channel_shape)
         return y.squeeze(0) if y.dim() > x.dim() else y
 
     def for_output_size(self, x: Tensor, kernel: Sequence[int], output_size: Sequence[int] | None) -> "Geometry":
@@ -187,16 +187,19 @@ class QuantLayer(nn.Module):
         if self.training and any(quantizer is not None and quantizer.needs_clip for quantizer in (weights, inputs)):
             self._fit_first_batch(prepared, weight)
         x, w = self._input_operand(prepared), self.weight_operand(weight)
+        dtype = self._operand_dtype(prepared, w.values.shape)
         y = quantized_op(
             x,
             w,
             operator=geometry.operator,
-            dtype=self._operand_dtype(prepared, w.values.shape),
+            dtype=dtype,
             exact=not self.training,
             clip_grad_factor=self.clip_grad_factor,
             everywhere=weights is not None and weights.levels.bits == 2,
             engine=self.engine,
-        ).to(weight.dtype)
+        )
+        # A GPU has half to move in bfloat16; on the CPU the kernels take float32.
+        y = y.to(dtype if dtype == torch.bfloat16 and y.is_cuda else weight.dtype)
         return geometry.finish(y, bias, input)
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The float step of one integer: `clip / levels.max`; shape of clip."""
-        return self.used_clip / self.levels.max
+        return F.level_step(self.used_clip, self.levels.max)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer levels of x; see `functional.encode`."""

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MIXED, trained
 from hypothesis import HealthCheck, Phase, settings
+
+if not torch.cuda.is_available():  # Triton reads it when torchvision imports it
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from helpers import MIXED, trained
 
 from apotfx import export_integer
 

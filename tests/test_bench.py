@@ -96,7 +96,7 @@ def test_rounds_take_turns_and_the_table_has_the_median_ratio(monkeypatch, capsy
     calls, seconds = [], {"float": [0.010, 0.020, 0.040], "eager 4-bit apot": [0.030, 0.040, 0.040]}
 
     class Scripted:
-        loss, engine, num_parameters = torch.zeros(()), None, 1
+        loss, engine, num_parameters, least_warmup = torch.zeros(()), None, 1, 0
 
         def __init__(self, case, variant):
             self.name, self.times = str(variant), iter([9.0, *seconds[str(variant)]])

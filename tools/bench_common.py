@@ -172,7 +172,7 @@ def describe_machine(device: str, threads: int | list[int]) -> dict:
         "system": platform.platform(),
         "Python": platform.python_version(),
         **packages,
-        "fastest engine": str(choose()),
+        "fastest engine": str(choose("auto", device)),
     }
 
 

@@ -45,6 +45,7 @@ from apotfx.engine import choose, use_engine
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.training.distributed import pick_device
+from apotfx.training.recording import CALLS_BEFORE, Recorded
 
 MEMORY_STEPS, MEMORY_PROCESSES = 3, 3
 CALIBRATION_IMAGES = 2  # clips do not change the time of a step
@@ -185,6 +186,8 @@ MODES = {
 class Step:
     """A variant's training step; calling it takes one and returns the seconds."""
 
+    least_warmup = 0  # calls before its steps take the time that they take from then on
+
     def __init__(self, case: Case, variant: Variant):
         mode = MODES[variant.mode]
         torch.manual_seed(SEED)
@@ -194,20 +197,26 @@ class Step:
         model = case.to_device(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         self.model = torch.compile(model) if mode.compile else model
-        self.images, self.labels = case.batch_on_device()
+        self.batch = case.batch_on_device()
         self.device, self.amp, self.loss = torch.device(case.device), mode.amp, None
+        self.update = self._update
+        if self.device.type == "cuda" and not mode.compile:  # as in training
+            self.update, self.least_warmup = Recorded(self._update), CALLS_BEFORE + 1
 
     def __call__(self) -> float:
         self._synchronize()
         start = time.perf_counter()
+        self.loss = self.update(*self.batch)
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _update(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
-            loss = nn.functional.cross_entropy(self.model(self.images), self.labels)
+            loss = nn.functional.cross_entropy(self.model(images), labels)
         loss.backward()
         self.optimizer.step()
-        self._synchronize()
-        seconds, self.loss = time.perf_counter() - start, loss.detach()
-        return seconds
+        return loss.detach()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -230,7 +239,7 @@ def measure_time(case: Case, variants: Sequence[Variant], rounds: int, warmup: i
                 raise
             skipped[str(variant)] = str(skip)
     for step in steps.values():
-        for _ in range(warmup):
+        for _ in range(max(warmup, step.least_warmup)):
             step()
     seconds, results = time_in_turns(steps, rounds), {}
     for variant, step in steps.items():
@@ -259,7 +268,7 @@ def measure_memory(case: Case, variant: Variant) -> dict:
             ctypes.CDLL(None).malloc_trim(0)  # give back what building freed
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
         before = process_memory()[0]
-    for _ in range(MEMORY_STEPS):
+    for _ in range(max(MEMORY_STEPS, step.least_warmup)):
         step()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory()[1]
     return {"before": before, "peak": peak, "increase": peak - before}
@@ -405,7 +414,7 @@ def bench_growth(axis: str, case: Case, variant: Variant, args: argparse.Namespa
 
 def own_engine(args: argparse.Namespace) -> str:
     """The one that quantized layers choose themselves on the device."""
-    return choose().engine.name if args.device == "cpu" else "compiled"
+    return choose("auto", args.device).engine.name
 
 
 def chosen_variants(args: argparse.Namespace) -> list[Variant]:

@@ -1,6 +1,6 @@
 """Random affine and elastic transforms, flips and erasing of whole image batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,32 +81,60 @@ class Augment:
 def augment_batch(
     images: Tensor, augment: Augment, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Transform every image by its own draw, bilinearly, with zeros from outside; `images` do not change.
+    """`transform` by the numbers that `draw` gives for `images`, float [B, C, S, S]."""
+    numbers = draw(augment, len(images), generator, rank=rank, world_size=world_size)
+    return transform(images, augment, [to_device(x, images.device) for x in numbers])
 
-    The parameters are drawn for all ranks' images and each rank takes its own, so that together the ranks see
-    what one process would.
+
+def draw(
+    augment: Augment, count: int, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
+) -> list[Tensor]:
+    """The random numbers for this rank's `count` images, for `transform`.
+
+    They are drawn for all ranks' images and each rank takes its own, so that together the ranks see what one process
+    would.
 
     Args:
-        images: float [B, C, S, S] in [0, 1]: this rank's share of a global batch of `B * world_size` images.
-        augment: Ranges to draw from.
+        augment: Ranges of the transforms.
+        count: Images in this rank's share of a global batch of `count * world_size`.
         generator: A CPU generator to draw with.
         rank: Index of this process, 0 <= rank < world_size.
         world_size: Number of processes.
+
+    Returns:
+        Tensors on the CPU, the first dimension of each is `count`; none for `Augment.none()`.
+    """
+    if augment == Augment.none():
+        return []
+
+    def draw_for_all(distribution: Callable[..., Tensor], *shape: int) -> Tensor:
+        everyone = distribution(count * world_size, *shape, generator=generator)
+        return everyone[rank * count : (rank + 1) * count]
+
+    numbers = [draw_for_all(torch.rand, 6)]
+    if augment.elastic:
+        numbers.append(draw_for_all(torch.randn, 2, ELASTIC_POINTS, ELASTIC_POINTS))
+    if augment.erase:
+        numbers.append(draw_for_all(torch.rand, 4))
+    return numbers
+
+
+def transform(images: Tensor, augment: Augment, numbers: Sequence[Tensor]) -> Tensor:
+    """Transform every image by its own numbers, bilinearly, with zeros from outside; `images` do not change.
+
+    Args:
+        images: float [B, C, S, S] in [0, 1].
+        augment: Ranges of the transforms.
+        numbers: What `draw` gave for them, on their device.
 
     Returns:
         float [B, C, S, S]; `images` itself if `augment` is `Augment.none()`.
     """
     if augment == Augment.none():
         return images
-
-    def draw(distribution: Callable[..., Tensor], *shape: int) -> Tensor:
-        everyone = distribution(len(images) * world_size, *shape, generator=generator)
-        return everyone[rank * len(images) : (rank + 1) * len(images)]
-
-    matrix = _random_affine(augment, draw(torch.rand, 6))
-    points = draw(torch.randn, 2, ELASTIC_POINTS, ELASTIC_POINTS) * augment.elastic if augment.elastic else None
-    images = warp(images, matrix, points)
-    return erase(images, *draw(torch.rand, 4).split(2, dim=1), augment.erase) if augment.erase else images
+    uniform, *rest = numbers
+    images = warp(images, _random_affine(augment, uniform), rest.pop(0) * augment.elastic if augment.elastic else None)
+    return erase(images, *rest.pop(0).split(2, dim=1), augment.erase) if augment.erase else images
 
 
 def affine_matrix(angle: Tensor, shift: Tensor, scale: Tensor, shear: Tensor, mirror: Tensor) -> Tensor:
@@ -140,12 +168,12 @@ def warp(images: Tensor, matrix: Tensor, points: Tensor | None = None) -> Tensor
     height, width = images.shape[2:]
     x = _pixel_centers(width, images.device)[:, None]
     y = _pixel_centers(height, images.device)[:, None, None]
-    matrix = matrix.to(images.device)[:, None, None]
+    matrix = matrix[:, None, None]
     # F.affine_grid is a matrix product: TF32 or autocast would round its positions.
     grid = matrix[..., 0] * x + matrix[..., 1] * y + matrix[..., 2]
     if points is not None:
         # The image is 2 wide in these coordinates.
-        moves = F.interpolate(2 * points.to(images.device), (height, width), mode="bicubic", align_corners=True)
+        moves = F.interpolate(2 * points, (height, width), mode="bicubic", align_corners=True)
         grid = grid + moves.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -160,10 +188,15 @@ def erase(images: Tensor, center: Tensor, sides: Tensor, largest: float) -> Tens
     height, width = images.shape[2:]
     inside = []
     for axis, size in enumerate((width, height)):
-        position = (torch.arange(size) + 0.5) / size
+        position = (torch.arange(size, device=images.device) + 0.5) / size
         inside.append((position - center[:, axis, None]).abs() < sides[:, axis, None] * largest / 2)
     rectangle = (inside[1][:, :, None] & inside[0][:, None, :])[:, None]
-    return images.masked_fill(rectangle.to(images.device), 0.0)
+    return images.masked_fill(rectangle, 0.0)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x, without waiting for what a GPU has to do before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _pixel_centers(size: int, device: torch.device) -> Tensor:

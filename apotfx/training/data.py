@@ -21,7 +21,8 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from apotfx.errors import ApotfxError
-from apotfx.training.augment import Augment, augment_batch
+from apotfx.training.augment import Augment, draw, to_device, transform
+from apotfx.training.recording import Recorded
 
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "folder", "digits")
 DOWNLOAD_FOLDER = Path("data")
@@ -377,6 +378,7 @@ class TrainBatches:
         device: Where images are kept and batches are made.
         rank: Index of this process, 0 <= rank < world_size.
         world_size: Number of processes.
+        record: Replay the making of a batch from a CUDA graph. Images are then overwritten by the next batch's.
 
     Raises:
         ApotfxError: `batch_size` exceeds the number of images or does not divide among the processes.
@@ -395,6 +397,7 @@ class TrainBatches:
         device: torch.device | str,
         rank: int = 0,
         world_size: int = 1,
+        record: bool = False,
     ):
         if not 1 <= batch_size <= len(split):
             raise ApotfxError(f"--batch-size {batch_size}: expected 1 to {len(split)}, the number of images")
@@ -404,6 +407,7 @@ class TrainBatches:
         self.batch_size, self.seed, self.augment, self.image_size = batch_size, seed, augment, image_size
         self.mean, self.std = _per_channel(mean, device), _per_channel(std, device)
         self.rank, self.world_size = rank, world_size
+        self._make_images = Recorded(self._images) if record else self._images
 
     def __len__(self) -> int:
         """Steps per epoch; the last partial batch is dropped."""
@@ -423,10 +427,13 @@ class TrainBatches:
             first = step * self.batch_size + self.rank * share
             indices = order[first : first + share]
             generator = _generator(self.seed, epoch, step)
-            images = augment_batch(
-                _to_float(self.images[indices]), self.augment, generator, rank=self.rank, world_size=self.world_size
-            )
-            yield _normalize(_resize(images, self.image_size), self.mean, self.std), self.labels[indices]
+            numbers = draw(self.augment, share, generator, rank=self.rank, world_size=self.world_size)
+            images = self._make_images(indices, *(to_device(x, self.images.device) for x in numbers))
+            yield images, self.labels[indices]
+
+    def _images(self, indices: Tensor, *numbers: Tensor) -> Tensor:
+        images = transform(_to_float(self.images[indices]), self.augment, numbers)
+        return _normalize(_resize(images, self.image_size), self.mean, self.std)
 
 
 def eval_batches(

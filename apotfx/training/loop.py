@@ -20,15 +20,18 @@ from tqdm import tqdm
 
 from apotfx.errors import ApotfxError
 from apotfx.layers import QuantLayer
-from apotfx.training.augment import Augment
+from apotfx.training.augment import Augment, to_device
 from apotfx.training.checkpoint import save_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, Split, TrainBatches, eval_batches
 from apotfx.training.distributed import Processes, synchronize_batch_norms
 from apotfx.training.monitor import Monitor, profiler
+from apotfx.training.recording import Recorded
 
 EVAL_BATCH_SIZE = 1000
 MONITORED_IMAGES = 256
+STEPS_PER_BAR = 10
+RUNNING = ("loss", "correct", "images")
 
 
 class Stopwatch:
@@ -117,19 +120,34 @@ class MovingAverage(AveragedModel):
         self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self.others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    @torch.no_grad()
     def update_parameters(self, model: nn.Module | None = None) -> None:
         """Average in the values of the model that was passed at the start."""
+        self.average_in(self.next_weight())
+        self.copy_others()
+
+    def next_weight(self) -> float:
+        """Of the values that are averaged in next, which are counted."""
         n = int(self.n_averaged)
-        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
-        for pairs, update in (
-            (self.floats, functools.partial(torch._foreach_lerp_, weight=weight)),
-            (self.others, torch._foreach_copy_),
-        ):
-            if pairs:
-                averages, values = zip(*pairs)
-                update(averages, values)
         self.n_averaged += 1
+        return 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+
+    @torch.no_grad()
+    def average_in(self, weight: float | Tensor) -> None:
+        """Move the averages to the model's values by this share of the way; a tensor is a float32 [] on its device."""
+        if self.floats:
+            averages, values = zip(*self.floats)
+            if isinstance(weight, Tensor):
+                moves = torch._foreach_sub(values, averages)
+                torch._foreach_mul_(moves, weight)
+                torch._foreach_add_(averages, moves)
+            else:
+                torch._foreach_lerp_(averages, values, weight)
+
+    @torch.no_grad()
+    def copy_others(self) -> None:
+        """Take over what is not averaged: counts and flags."""
+        if self.others:
+            torch._foreach_copy_(*zip(*self.others))
 
 
 @torch.no_grad()
@@ -175,10 +193,13 @@ class Trainer:
         self.config, self.dataset, self.image_size = config, dataset, image_size
         self.device, self.processes, self.teachers = device, processes, teachers
         self.model = synchronize_batch_norms(model, device) if processes.world_size > 1 else model
+        torch.backends.cudnn.deterministic = True  # a resumed run must reach the same bits
+        self.recorded = device.type == "cuda" and processes.world_size == 1 and not config.compile
         self.batches = TrainBatches(
             dataset.train, batch_size=config.batch_size, seed=config.seed,
             augment=Augment.named(config.augment, dataset.name), mean=dataset.mean, std=dataset.std,
             image_size=image_size, device=device, rank=processes.rank, world_size=processes.world_size,
+            record=self.recorded,
         )  # fmt: skip
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, config),
@@ -197,12 +218,25 @@ class Trainer:
         self.seconds = 0.0
         self.clock = Stopwatch()
         self.best = {"val_acc": -1.0, "epoch": 0}
-        self.running = {"loss": 0.0, "correct": 0, "images": 0}
+        # Summed on the device, so that a GPU need not be waited for: loss times images, correct answers, images.
+        self.running = torch.zeros(len(RUNNING), dtype=torch.float64, device=device)
+        # Steps with a loss or a gradient that was not finite, and all steps after them: they change no weight.
+        self.held = torch.zeros((), device=device)
+        self.optimizer.found_inf = torch.zeros((), device=device)
+        self.targets = [functools.partial(self._soft_labels, teacher) for teacher in teachers]
+        self.update = self._update
+        if self.recorded:
+            timed = functools.partial(self.clock, "training step")
+            self.targets = [Recorded(target, timed) for target in self.targets]
+            self.update = Recorded(self._update, timed)
 
     @property
     def evaluated(self) -> nn.Module:
         """The network that validation, the test and the export use: the moving average where there is one."""
-        return self.average.module if self.average else self.model
+        if not self.average:
+            return self.model
+        self.average.copy_others()
+        return self.average.module
 
     @property
     def total_steps(self) -> int:
@@ -227,57 +261,86 @@ class Trainer:
                     self._train_step(images, labels)
                     if trace is not None:
                         trace.step()
-                    progress(self.step - epoch * steps, self._running_metrics())
+                    progress(self.step - epoch * steps, self._running_metrics)
                     if self._agree(stop_requested()):
+                        self._require_finite(images)
                         self.seconds += time.perf_counter() - began
                         self.save(run_dir)
                         raise Interrupted(self.step, run_dir)
+                self._require_finite(images)
                 self._end_epoch(epoch, run_dir, monitor, began)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        factor = lr_factor(self.config.schedule, self.step / self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor * group["lr_factor"]
+        target = [self.targets[self.step % len(self.targets)](images)] if self.targets else []
+        rates = self._rates()
+        if self.device.type == "cuda":
+            rates = to_device(torch.tensor(rates), self.device)
+        self.update(images, labels, rates, *target)
+        self.step += 1
+        if self.device.type == "cpu":
+            self._require_finite(images)
+
+    def _rates(self) -> list[float]:
+        """The learning rates of the optimizer's groups in this step and, where there is one, the average's weight."""
+        factor = self.config.lr * lr_factor(self.config.schedule, self.step / self.total_steps)
+        rates = [factor * group["lr_factor"] for group in self.optimizer.param_groups]
+        return [*rates, self.average.next_weight()] if self.average else rates
+
+    def _update(
+        self, images: Tensor, labels: Tensor, rates: Sequence[float] | Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """A step on a batch, by `_rates`; returns the loss. Waits for nothing on the device, so that it can be recorded."""
         with self.clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             logits = self.network(images).float()
-            loss = self._loss(logits, images, labels)
+            loss = self._loss(logits, labels, target)
         with self.clock("backward"):
             self.optimizer.zero_grad()
             loss.backward()
         with self.clock("optimizer"):
+            loss = loss.detach()
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if not math.isfinite(loss.item() + norm.item()):
-                self._report_divergence(loss.item(), images)
+            self.held += torch.logical_or(self.held, ~torch.isfinite(loss + norm))
+            torch.clamp(self.held, max=1, out=self.optimizer.found_inf)  # by which it leaves the weights alone
+            *lrs, weight = rates if self.average else [*rates, None]
+            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
             self.optimizer.step()
             if self.average:
-                self.average.update_parameters()
-        self.step += 1
-        self.running["loss"] += loss.item() * len(labels)
-        self.running["correct"] += (logits.argmax(1) == labels).sum().item()
-        self.running["images"] += len(labels)
+                self.average.average_in(weight)
+            counts = loss * len(labels), (logits.argmax(1) == labels).sum(), torch.full_like(loss, len(labels))
+            self.running += torch.stack([count.double() for count in counts])
+        return loss
 
-    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _soft_labels(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        """The logarithms of a teacher's probabilities, at the temperature."""
+        with self.clock("teacher"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            return F.log_softmax(teacher(images).float() / self.config.temperature, 1)
+
+    def _loss(self, logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
+        """Cross-entropy and, with a teacher's `_soft_labels`, distillation."""
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        if not self.teachers:
+        if target is None:
             return loss
         # Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
         # The gradient is linear in the teacher's probabilities: in turn, teachers teach the mean of theirs.
-        t, teacher = self.config.temperature, self.teachers[self.step % len(self.teachers)]
-        with torch.no_grad():
-            target = F.log_softmax(teacher(images).float() / t, 1)
+        t = self.config.temperature
         distillation = F.kl_div(F.log_softmax(logits / t, 1), target, reduction="batchmean", log_target=True) * t * t
         return torch.lerp(loss, distillation, self.config.teacher_weight)
 
-    def _report_divergence(self, loss: float, images: Tensor) -> None:
-        where = first_non_finite(self.model, images)
-        raise ApotfxError(
-            f"training diverged at step {self.step} (loss {loss}): the first value that is not finite is {where}; "
-            f"the last good checkpoint was kept; lower --lr (now {self.config.lr}) or change --seed"
-        )
+    def _require_finite(self, images: Tensor) -> None:
+        """Raises: ApotfxError: the training has diverged, which a GPU is not asked after each step."""
+        held = int(self.held)
+        if held:
+            where = first_non_finite(self.model, images)
+            raise ApotfxError(
+                f"training diverged at step {self.step - held}: the first value that is not finite is {where}; "
+                f"the last good checkpoint was kept; lower --lr (now {self.config.lr}) or change --seed"
+            )
 
     def _end_epoch(self, epoch: int, run_dir: Path, monitor: Monitor, began: float) -> None:
         train = self._running_metrics()
-        self.running = dict.fromkeys(self.running, 0)
+        self.running.zero_()
         with self.clock("evaluation"):
             val_acc = evaluate(
                 self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes
@@ -290,7 +353,7 @@ class Trainer:
                     save_checkpoint(run_dir / "best.pt", best)
         with self.clock("logging"):
             monitor.layers(self.evaluated, self._monitored_images(), self.step)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
         seconds = time.perf_counter() - began
         self.seconds += seconds
         monitor.scalars(
@@ -321,8 +384,8 @@ class Trainer:
         return next(batches)[0]
 
     def _running_metrics(self) -> dict[str, float]:
-        images = max(self.running["images"], 1)
-        return {"loss": self.running["loss"] / images, "accuracy": 100 * self.running["correct"] / images}
+        loss, correct, images = self.running.tolist()
+        return {"loss": loss / max(images, 1), "accuracy": 100 * correct / max(images, 1)}
 
     def _agree(self, stop: bool) -> bool:
         """Whether any process was asked to stop: all must leave at the same step."""
@@ -341,14 +404,14 @@ class Trainer:
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(),
-            "ema": self.average.module.state_dict() if self.average else None,
+            "ema": self.evaluated.state_dict() if self.average else None,
             "ema_count": int(self.average.n_averaged) if self.average else 0,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "clock": self.clock.seconds,
             "best": self.best,
-            "running": self.running,
+            "running": dict(zip(RUNNING, self.running.tolist(), strict=True)),
             "random": {
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
@@ -362,10 +425,9 @@ class Trainer:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_count"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.clock = Stopwatch(state.get("clock"))
-        self.step, self.seconds, self.best, self.running = (
-            state[key] for key in ("step", "seconds", "best", "running")
-        )
+        self.clock.seconds = dict(state.get("clock") or {})
+        self.step, self.seconds, self.best = (state[key] for key in ("step", "seconds", "best"))
+        self.running.copy_(torch.tensor([state["running"][name] for name in RUNNING], dtype=torch.float64))
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -421,25 +483,31 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 def _progress(
     epoch: int, epochs: int, start: int, steps: int, print_freq: int, enabled: bool
-) -> Callable[[int, dict[str, float]], None]:
-    """A function to call after each step: a bar on a terminal, a line every `print_freq` steps elsewhere."""
+) -> Callable[[int, Callable[[], dict[str, float]]], None]:
+    """A function to call after each step: a bar on a terminal, a line every `print_freq` steps elsewhere.
+
+    It calls its second argument for the metrics, which a GPU must finish its work for, only when it shows them.
+    """
     if not enabled:
         return lambda step, metrics: None
     if sys.stdout.isatty():
         bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", leave=False, file=sys.stdout)
 
-        def advance(step: int, metrics: dict[str, float]) -> None:
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}%", refresh=False)
+        def advance(step: int, metrics: Callable[[], dict[str, float]]) -> None:
+            if step % STEPS_PER_BAR == 0:
+                now = metrics()
+                bar.set_postfix(loss=f"{now['loss']:.4f}", acc=f"{now['accuracy']:.2f}%", refresh=False)
             bar.update()
             if step == steps:
                 bar.close()
 
         return advance
 
-    def line(step: int, metrics: dict[str, float]) -> None:
+    def line(step: int, metrics: Callable[[], dict[str, float]]) -> None:
         if step % print_freq == 0 and step < steps:
+            now = metrics()
             print(
-                f"epoch {epoch + 1} step {step}/{steps}  loss {metrics['loss']:.4f}  train {metrics['accuracy']:.2f}%",
+                f"epoch {epoch + 1} step {step}/{steps}  loss {now['loss']:.4f}  train {now['accuracy']:.2f}%",
                 flush=True,
             )
 

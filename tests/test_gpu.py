@@ -1,0 +1,215 @@
+"""What only a GPU shows: the same levels and results as on the CPU, and training steps that are replayed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import GEOMETRIES, operands, run
+from test_loop import CONFIG, dataset, equal, network
+from torch import nn
+
+import apotfx
+from apotfx.engine import EAGER, ON_GPU, choose
+from apotfx.errors import ApotfxError
+from apotfx.levels import LevelSet
+from apotfx.models import build_model
+from apotfx.training import recording
+from apotfx.training.distributed import Processes
+from apotfx.training.loop import Trainer
+from apotfx.training.monitor import Monitor
+from apotfx.training.recording import Recorded
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = torch.device("cuda", 0)
+LEVELS = LevelSet("apot", 4, False), LevelSet("apot", 4)
+
+
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def on_gpu(tensors):
+    return [t.detach().to(GPU).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def run_on_gpu(operator, tensors, levels_x, levels_w, **options):
+    """`run` with level sets whose tables lie there."""
+    with pytest.MonkeyPatch.context() as patch:
+        import test_engine
+
+        encoding = test_engine.encoding
+        patch.setattr(test_engine, "encoding", lambda *args: replace(encoding(*args), table=encoding(*args).table.to(GPU)))
+        return run(operator, tensors, levels_x, levels_w, **options)
+
+
+def test_the_engine_is_the_one_with_kernels():
+    assert str(choose("auto", GPU)) == "compiled (the fastest)"
+    assert str(choose("int8", GPU)) == "compiled (no 8-bit arithmetic: it runs on the CPU only)"
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("levels", [LEVELS, (LevelSet("uniform", 8), LevelSet("uniform", 8))], ids=["apot4", "uniform8"])
+def test_evaluation_gives_the_bits_of_the_cpu(name, levels):
+    operator, shape_x, shape_w = GEOMETRIES[name]
+    tensors = operands(shape_x, shape_w, dtype=torch.float32)
+    with torch.no_grad():
+        expected = run(operator, tensors, *levels)
+        for engine in (EAGER, ON_GPU):
+            assert torch.equal(run_on_gpu(operator, on_gpu(tensors), *levels, engine=engine).cpu(), expected)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("rectifier", [None, (0.0, math.inf)], ids=["none", "relu"])
+def test_training_gives_the_results_of_float64(name, rectifier):
+    operator, shape_x, shape_w = GEOMETRIES[name]
+    results = []
+    for engine, dtype in ((EAGER, torch.float64), (ON_GPU, torch.float32)):
+        tensors = operands(shape_x, shape_w, dtype=torch.float32)
+        tensors = on_gpu([t.detach().to(dtype).requires_grad_() for t in tensors])
+        y = run_on_gpu(operator, tensors, *LEVELS, engine=engine, dtype=dtype, exact=False, rectifier=rectifier)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype))
+        results.append([y.detach(), *(t.grad for t in tensors)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_bfloat16_is_near_float32(name):
+    operator, shape_x, shape_w = GEOMETRIES[name]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = on_gpu(operands(shape_x, shape_w, dtype=torch.float32))
+        y = run_on_gpu(operator, tensors, *LEVELS, engine=ON_GPU, dtype=dtype, exact=False)
+        assert y.dtype == dtype
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype))
+        results.append([y.detach().float(), *(t.grad for t in tensors)])
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == torch.float32 and (got - expected).norm() < 0.02 * expected.norm()
+
+
+def trainer(config=CONFIG, model=None, teachers=(), data=None):
+    data, model = data or dataset(), (model or network()).to(GPU)
+    teachers = [teacher.to(GPU) for teacher in teachers]
+    return Trainer(config, model, data, data.train.images.shape[-1], teachers, GPU, Processes("cuda"))
+
+
+def fit(t, path):
+    path.mkdir(exist_ok=True)
+    t.fit(path, Monitor(path, enabled=False), print_freq=100)
+    return t
+
+
+def states(t):
+    return {key: value for key, value in t.state_dict().items() if key in ("model", "ema", "optimizer", "running", "best")}
+
+
+@pytest.mark.parametrize("option", [{}, {"amp": True}, {"ema": 0.0}], ids=str)
+@pytest.mark.parametrize("num_teachers", [0, 2])
+def test_a_replayed_training_gives_the_bits_of_one_that_is_not(tmp_path, monkeypatch, option, num_teachers):
+    config, results = replace(CONFIG, epochs=3, **option), []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        t = trainer(config, teachers=[network(32, seed).eval() for seed in range(num_teachers)])
+        if not recorded:
+            t.update, t.targets = t._update, [target.function for target in t.targets]
+            t.batches._make_images = t.batches._images
+        fit(t, tmp_path / str(recorded))
+        if recorded:
+            assert all(recorded.graph for recorded in (t.update, t.batches._make_images, *t.targets))
+        results.append(states(t))
+    for key, value in results[0].items():
+        assert equal(value, results[1][key]), key
+
+
+def test_two_trainings_of_a_resnet_give_the_same_bits(tmp_path):
+    results = []
+    for name in ("first", "second"):
+        torch.manual_seed(0)
+        model, _ = build_model("resnet18", in_channels=1, num_classes=3, image_size=28)
+        qmodel = apotfx.quantize(model.to(memory_format=torch.channels_last), apotfx.BitPolicy.default(4)).to(GPU)
+        t = trainer(replace(CONFIG, epochs=2, batch_size=32), qmodel, data=dataset(320, 28))
+        results.append(states(fit(t, tmp_path / name)))
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("stop_at", [2, 7])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
+    whole = fit(trainer(), tmp_path / "whole")
+    stopped = trainer()
+    steps = stopped._train_step
+    (tmp_path / "part").mkdir()
+
+    def stopping_step(images, labels):
+        if stopped.step == stop_at:
+            stopped.save(tmp_path / "part")
+            raise KeyboardInterrupt
+        steps(images, labels)
+
+    stopped._train_step = stopping_step
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, tmp_path / "part")
+    resumed = trainer(model=network())
+    resumed.load_state_dict(torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True))
+    fit(resumed, tmp_path / "part")
+    a, b = states(whole), states(resumed)
+    for key in a:
+        assert equal(a[key], b[key]), key
+
+
+def test_divergence_is_told_with_its_step_and_changes_no_weight(tmp_path):
+    t = trainer(replace(CONFIG, epochs=4))
+    steps, before = t._train_step, {}
+
+    def poisoned_step(images, labels):
+        if t.step == 11:
+            before.update({name: p.clone() for name, p in t.model.named_parameters()})
+            images = torch.full_like(images, math.nan)
+        steps(images, labels)
+
+    t._train_step = poisoned_step
+    with pytest.raises(ApotfxError, match="training diverged at step 11: the first value"):
+        fit(t, tmp_path / "run")
+    assert t.step == 15 and all(torch.equal(before[name], p) for name, p in t.model.named_parameters())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 32])
+def test_an_export_gives_the_bits_of_the_network(tmp_path, bits):
+    """Scales too, which the manifest checks on the CPU."""
+    torch.manual_seed(0)
+    model, _ = build_model("resnet10", in_channels=1, num_classes=3, image_size=28)
+    qmodel = apotfx.quantize(model, apotfx.BitPolicy.default(bits)).to(GPU)
+    images = torch.rand(16, 1, 28, 28, device=GPU)
+    if bits < 32:
+        apotfx.calibrate(qmodel, [images])
+    qmodel.eval()
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            if not parameter.dim():
+                parameter.mul_(1.2345678)
+    path = apotfx.export_integer(qmodel, tmp_path / "export")
+    expected = qmodel(images)
+    assert torch.equal(apotfx.load_integer(path, model).to(GPU)(images), expected)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog):
+    recording.say_once.cache_clear()
+
+    def waits(x):
+        return x * x.sum().item()
+
+    recorded = Recorded(waits)
+    for i in range(6):
+        assert recorded(torch.full((2,), float(i), device=GPU)).tolist() == [2.0 * i * i] * 2
+    assert recorded.graph is None and "it cannot be recorded" in caplog.text
+
+
+def test_a_network_that_waits_still_trains(tmp_path):
+    class Waits(nn.Module):
+        def forward(self, x):
+            return x * (1.0 if x.sum().item() > -1e9 else 0.0)
+
+    model = nn.Sequential(network(32), Waits())
+    t = fit(trainer(replace(CONFIG, epochs=3), model), tmp_path / "run")
+    assert t.step == 15 and t.update.graph is None
