@@ -383,27 +383,58 @@ class _QuantizedOp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, clip_x, clip_w, unit_w, scale_x = ctx.saved_tensors
-        levels_x, levels_w, operator, dtype, _, clip_grad_factor, everywhere, engine = ctx.settings
-        x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        n_x = engine.levels(x, None, "x", dtype) if needs_w else None
-        # The scales go into the smaller operands, which saves a pass over the output and over the input.
-        grad_x, grad_w = operator.backward(
-            grad.to(dtype),
-            n_x if needs_w else x.values.to(dtype),
-            engine.levels(w, _one(w.values), "w", dtype) if needs_x else w.values.to(dtype),
-            (needs_x, needs_w),
-        )
-        grad_clip_x = grad_clip_w = None
-        if needs_x:
-            grad_x, grad_clip_x = engine.gradient(grad_x, x, n_x)
-        if needs_w:
-            grad_w, grad_clip_w = engine.gradient(grad_w, w, None, scale_x, everywhere)
-        if clip_grad_factor != 1:
-            grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
+        gradients = functools.partial(_gradients, grad.to(ctx.settings.dtype), *ctx.saved_tensors, ctx.settings)
+        if grad.is_cuda and torch.cuda.is_current_stream_capturing() and needs_x and needs_w:
+            # Replayed side by side, as the kernels of a small layer leave most of a GPU idle.
+            stream, beside = torch.cuda.current_stream(), _second_stream(grad.device)
+            beside.wait_stream(stream)
+            with torch.cuda.stream(beside):
+                _, grad_w, _, grad_clip_w = gradients(False, True)
+            grad_x, _, grad_clip_x, _ = gradients(True, False)
+            stream.wait_stream(beside)
+        else:
+            grad_x, grad_w, grad_clip_x, grad_clip_w = gradients(needs_x, needs_w)
         return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    clip_x: Tensor | None,
+    clip_w: Tensor | None,
+    unit_w: Tensor | None,
+    scale_x: Tensor,
+    settings: _Settings,
+    needs_x: bool,
+    needs_w: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for the input, the weight, and the clips of both; None where they are not needed, or there is none."""
+    levels_x, levels_w, operator, dtype, _, clip_grad_factor, everywhere, engine = settings
+    x, w = Operand(x, clip_x, None, levels_x), Operand(w, clip_w, unit_w, levels_w)
+    n_x = engine.levels(x, None, "x", dtype) if needs_w else None
+    # The scales go into the smaller operands, which saves a pass over the output and over the input.
+    grad_x, grad_w = operator.backward(
+        grad,
+        n_x if needs_w else x.values.to(dtype),
+        engine.levels(w, _one(w.values), "w", dtype) if needs_x else w.values.to(dtype),
+        (needs_x, needs_w),
+    )
+    grad_clip_x = grad_clip_w = None
+    if needs_x:
+        grad_x, grad_clip_x = engine.gradient(grad_x, x, n_x)
+    if needs_w:
+        grad_w, grad_clip_w = engine.gradient(grad_w, w, None, scale_x, everywhere)
+    if clip_grad_factor != 1:
+        grad_clip_x, grad_clip_w = (g if g is None else g * clip_grad_factor for g in (grad_clip_x, grad_clip_w))
+    return grad_x, grad_w, grad_clip_x, grad_clip_w
 
 
 def quantized_op(
