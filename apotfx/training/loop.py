@@ -298,8 +298,8 @@ class Trainer:
             loss.backward()
         with self.clock("optimizer"):
             loss = loss.detach()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            self.held += torch.logical_or(self.held, ~torch.isfinite(loss + norm))
+            finite = torch.isfinite(loss + _norm_of_gradients(self.model))
+            self.held += torch.logical_or(self.held, ~finite)
             torch.clamp(self.held, max=1, out=self.optimizer.found_inf)  # by which it leaves the weights alone
             *lrs, weight = rates if self.average else [*rates, None]
             for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
@@ -436,7 +436,7 @@ class Trainer:
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """What is first NaN or infinite in a forward pass of `model`: an image, a parameter, an output, or a gradient."""
+    """What is first NaN or infinite in a forward pass of `model`: an image, a parameter, an output, a gradient, a norm."""
     if not images.isfinite().all():
         return "in the input images"
     for name, parameter in model.named_parameters():
@@ -461,7 +461,13 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     for name, parameter in reversed(list(model.named_parameters())):
         if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
             found.append(f"the gradient of {name}")
+    if not found and not _norm_of_gradients(model).isfinite():
+        return "the norm of the gradients, each of which is finite"
     return found[0] if found else "the loss"
+
+
+def _norm_of_gradients(model: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 @contextmanager
