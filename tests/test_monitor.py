@@ -399,7 +399,7 @@ def test_only_what_lies_above_an_unsigned_clip_is_clipped(signed, clipped, usage
     quantizer.set_clip(torch.tensor(1.0))
     x = torch.tensor([-5.0, -1.5, 0.1, 2.0, 1.25])
     measured = module._measure(quantizer, x, quantizer.used_clip)
-    assert measured.clipped == pytest.approx(clipped)
+    assert measured.clipped.item() == pytest.approx(clipped)
     assert measured.usage.tolist() == pytest.approx(usage)
 
 

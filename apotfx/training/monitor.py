@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -117,50 +117,42 @@ class Monitor:
             images: float batch [N, C, H, W] on the model's device; runs through the model once.
             step: the step that the values belong to.
         """
-        usages = {"weight": [], "input": []}
+        scalars, histograms, usages = {}, {}, {"weight": [], "input": []}
         inputs = _observe_inputs(qmodel, images)
         layers = {name: qmodel.get_submodule(name) for name in inputs}
         weights = layer_parameters(qmodel, layers)
         for name, x in inputs.items():
-            layer = layers[name]
+            layer, measured = layers[name], {}
             if layer.weight_quantizer is not None:
-                usages["weight"].append(self._weight(name, layer, weights[name][0], step))
+                measured["weight"] = _measure_weight(layer, weights[name][0])
+                histograms[f"weight/{name}/float"] = _histogram(measured["weight"].values)
+                histograms[f"weight/{name}/quantized"] = _histogram(measured["weight"].quantized)
             if layer.input_quantizer is not None:
-                measured = _measure(layer.input_quantizer, x, layer.input_quantizer.used_clip)
-                self._quantizer(f"{name}/input", measured, step)
-                usages["input"].append(measured.usage)
+                measured["input"] = _measure(layer.input_quantizer, x, layer.input_quantizer.used_clip)
+            for kind, (clip, clipped, sqnr_db, _, _, usage) in measured.items():
+                usages[kind].append(usage)
+                scalars[f"clip/{name}/{kind}"], scalars[f"clipped/{name}/{kind}"] = clip, clipped
+                scalars[f"sqnr_db/{name}/{kind}"] = sqnr_db
+        # Written last, as a GPU is waited for when its results are read.
+        values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist())) if scalars else {}
+        self.scalars(step, {tag: v for tag, v in values.items() if math.isfinite(v) or not tag.startswith("sqnr_db")})
+        for tag, histogram in zip(histograms, torch.stack(list(histograms.values())).tolist() if histograms else []):
+            self._histogram(tag, histogram, step)
         for kind, rows in usages.items():
             if rows:
-                self.writer.add_image(f"level_usage/{kind}", _usage_picture(rows), step, dataformats="HW")
+                picture = _usage_picture(torch.cat(rows).cpu().split(list(map(len, rows))))
+                self.writer.add_image(f"level_usage/{kind}", picture, step, dataformats="HW")
 
-    def _weight(self, name: str, layer: QuantLayer, weight: Tensor, step: int) -> Tensor:
-        with torch.no_grad():
-            operand = layer.weight_operand(weight)
-            values, clip = operand.values, operand.used_clip
-        measured = _measure(layer.weight_quantizer, sample(values), sample(clip.expand_as(values)))
-        self._quantizer(f"{name}/weight", measured, step)
-        for which, values in (("float", measured.values), ("quantized", measured.quantized)):
-            finite = values[values.isfinite()]
-            if len(finite):
-                self._histogram(f"weight/{name}/{which}", finite, step)
-        return measured.usage
-
-    def _histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Not add_histogram, which needs the values on the CPU, and there ten times as long."""
-        low, high = (bound.item() for bound in values.aminmax())
+    def _histogram(self, tag: str, histogram: list[float], step: int) -> None:
+        count, low, high, total, squares, *counts = histogram
+        if not count:
+            return
         half = 0 if low < high else 0.5
-        counts = torch.histc(values, HISTOGRAM_BINS, low - half, high + half)
         limits = torch.linspace(low - half, high + half, HISTOGRAM_BINS + 1, dtype=torch.float64)
         self.writer.add_histogram_raw(
-            tag, min=low, max=high, num=len(values), sum=values.sum().item(), sum_squares=values.square().sum().item(),
-            bucket_limits=limits.tolist(), bucket_counts=[0, *counts.tolist()], global_step=step,
+            tag, min=low, max=high, num=count, sum=total, sum_squares=squares, bucket_limits=limits.tolist(),
+            bucket_counts=[0, *counts], global_step=step,
         )  # fmt: skip
-
-    def _quantizer(self, name: str, measured: "_Measured", step: int) -> None:
-        values = {f"clip/{name}": measured.clip, f"clipped/{name}": measured.clipped}
-        if math.isfinite(measured.sqnr_db):
-            values[f"sqnr_db/{name}"] = measured.sqnr_db
-        self.scalars(step, values)
 
     @_if_enabled
     def hparams(self, config: dict, metrics: dict[str, float]) -> None:
@@ -224,16 +216,24 @@ def _observe_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 class _Measured(NamedTuple):
-    """What one quantizer does to n values."""
+    """What one quantizer does to n values; all on their device."""
 
-    clip: float
-    clipped: float
-    sqnr_db: float  # infinite or NaN where there is no error or no signal
+    clip: Tensor  # float64 [], as the next two
+    clipped: Tensor
+    sqnr_db: Tensor  # infinite or NaN where there is no error or no signal
     values: Tensor  # float64 [n], as `quantized`
     quantized: Tensor
-    usage: Tensor  # float32 [levels], the share of values at each level, ascending
+    usage: Tensor  # float64 [levels], the share of values at each level, ascending
 
 
+@torch.no_grad()
+def _measure_weight(layer: QuantLayer, weight: Tensor) -> _Measured:
+    operand = layer.weight_operand(weight)
+    values, clip = operand.values, operand.used_clip
+    return _measure(layer.weight_quantizer, sample(values), sample(clip.expand_as(values)))
+
+
+@torch.no_grad()
 def _measure(quantizer: Quantizer, x: Tensor, clip: Tensor) -> _Measured:
     """x: float [n]; clip: [] or [n]."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -243,12 +243,12 @@ def _measure(quantizer: Quantizer, x: Tensor, clip: Tensor) -> _Measured:
     x, n, quantized = (tensor.double() for tensor in (x, n, quantized))
     ratio = x.square().sum() / (x - quantized).square().sum()
     return _Measured(
-        clip=quantizer.used_clip.mean().item(),
-        clipped=clipped.double().mean().item(),
-        sqnr_db=10 * ratio.log10().item(),
+        clip=quantizer.used_clip.double().mean(),
+        clipped=clipped.double().mean(),
+        sqnr_db=10 * ratio.log10(),
         values=x,
         quantized=quantized,
-        usage=_usage(n, quantizer.levels).cpu(),
+        usage=_usage(n, quantizer.levels),
     )
 
 
@@ -256,11 +256,31 @@ def _usage(n: Tensor, levels: LevelSet) -> Tensor:
     """The share of n (integer-valued, [n]) at each level, ascending; NaN is at none."""
     negative = [-i for i in reversed(levels.ints[1:])] if levels.signed else []
     axis = torch.tensor([*negative, *levels.ints], dtype=n.dtype, device=n.device)
-    counts = torch.bincount(torch.searchsorted(axis, n), minlength=len(axis))
-    return counts[: len(axis)] / n.numel()
+    return _count(torch.searchsorted(axis, n), len(axis) + 1)[:-1] / n.numel()
 
 
-def _usage_picture(rows: list[Tensor]) -> Tensor:
+def _count(index: Tensor, size: int) -> Tensor:
+    """How often each of 0 to size - 1 is in index; float64 [size]. A GPU is not waited for, as by torch.bincount."""
+    counts = torch.zeros(size, dtype=torch.float64, device=index.device)
+    return counts.index_add_(0, index, counts.new_ones(()).expand(len(index)))
+
+
+def _histogram(x: Tensor) -> Tensor:
+    """Of the finite ones among x, float64 [n]: their number, minimum, maximum, sum, sum of squares, and the counts.
+
+    The bins are as wide as each other, from minimum to maximum. What the writer computes by itself it computes on the
+    CPU, and there several times as long.
+    """
+    finite = x.isfinite()
+    low, high = (torch.where(finite, x, end) for end in (math.inf, -math.inf))
+    low, high, x = low.amin(), high.amax(), torch.where(finite, x, 0.0)
+    position = torch.where(high > low, (x - low) / (high - low), 0.5) * HISTOGRAM_BINS
+    index = position.nan_to_num(0.0).clamp(0, HISTOGRAM_BINS - 1).long()
+    counts = _count(torch.where(finite, index, HISTOGRAM_BINS), HISTOGRAM_BINS + 1)[:-1]
+    return torch.cat([torch.stack([finite.sum().double(), low, high, x.sum(), x.square().sum()]), counts])
+
+
+def _usage_picture(rows: Sequence[Tensor]) -> Tensor:
     """A gray picture [ROW_HEIGHT * len(rows), PICTURE_WIDTH] in [0, 1]; see `Monitor.layers`."""
     columns = torch.arange(PICTURE_WIDTH)
     bright = [(row / row.max().clamp_min(1e-12)).sqrt()[columns * len(row) // PICTURE_WIDTH] for row in rows]
