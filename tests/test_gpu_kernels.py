@@ -15,7 +15,11 @@ from apotfx.levels import LevelSet
 RELU, RELU6 = (0.0, math.inf), (0.0, 6.0)
 LEVELS = LevelSet("apot", 4)
 
-pytestmark = pytest.mark.skipif(not engine.HAS_TRITON, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not engine.HAS_TRITON, reason="Triton is not installed"),
+    # what numpy 2 says of Triton 3.2's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
