@@ -122,7 +122,8 @@ class OnGpu(Eager):
 
     def standard_deviation(self, w: Tensor) -> Tensor:
         kernels = _gpu_kernels()
-        return kernels.standard_deviation(w) if kernels.accept_values(w) else super().standard_deviation(w)
+        accepted = w.dtype == torch.float32 and kernels.accept_values(w)
+        return kernels.standard_deviation(w) if accepted else super().standard_deviation(w)
 
     def scale(self, operand: Operand, factor: Tensor | None = None) -> Tensor:
         kernels = _gpu_kernels()
@@ -196,7 +197,8 @@ class Compiled(Eager):
 
 def _for_device(x: Tensor) -> Eager:
     """What computes what our kernels for the CPU do not accept."""
-    return ON_GPU if x.device.type == "cuda" and HAS_TRITON else EAGER
+    on_gpu = x.device.type == "cuda" and HAS_TRITON and not torch.compiler.is_compiling()
+    return ON_GPU if on_gpu else EAGER
 
 
 class Int8(Eager):
@@ -353,7 +355,7 @@ def _one(like: Tensor) -> Tensor:
 
 @functools.cache
 def _one_on(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 class _Settings(NamedTuple):
@@ -386,9 +388,9 @@ class _QuantizedOp(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         gradients = functools.partial(_gradients, grad.to(ctx.settings.dtype), *ctx.saved_tensors, ctx.settings)
-        if grad.is_cuda and torch.cuda.is_current_stream_capturing() and needs_x and needs_w:
+        if needs_x and needs_w and _is_recorded(grad):
             # Replayed side by side, as the kernels of a small layer leave most of a GPU idle.
-            stream, beside = torch.cuda.current_stream(), _second_stream(grad.device)
+            stream, beside = torch.cuda.current_stream(grad.device), _second_stream(grad.device)
             beside.wait_stream(stream)
             with torch.cuda.stream(beside):
                 _, grad_w, _, grad_clip_w = gradients(False, True)
@@ -397,6 +399,11 @@ class _QuantizedOp(torch.autograd.Function):
         else:
             grad_x, grad_w, grad_clip_x, grad_clip_w = gradients(needs_x, needs_w)
         return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured that x belongs to."""
+    return not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The arithmetic of quantization: pure functions of tensors, no state.
 
-`encode` defines which integer level a float becomes; kernels.c repeats it for speed. Equations: Li, Dong,
+`encode` defines which integer level a float becomes; kernels.c and gpu_kernels.py repeat it for speed. Equations: Li, Dong,
 Wang, "Additive Powers-of-Two Quantization", ICLR 2020, arXiv 1909.13144.
 """
 

@@ -6,7 +6,7 @@ Importing this module needs Triton. With TRITON_INTERPRET=1 in the environment i
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import MIN_CLIP, Operand, is_dense
 
@@ -17,20 +17,21 @@ MAX_CLIPS = 65535  # what the second dimension of a grid holds
 
 def accept(operand: Operand) -> bool:
     """Whether the kernels can work on `operand`. All functions below that take one need that."""
-    x, clip, unit = operand.values, operand.clip, operand.unit
+    x, clip, unit, levels = operand.values, operand.clip, operand.unit, operand.levels
     return (
-        operand.levels is not None
+        levels is not None
         and accept_values(x)
         and clip.dtype == torch.float32
-        and (unit is None or unit.dtype == torch.float32)
         and clip.is_contiguous()
         and clip.numel() <= MAX_CLIPS
+        and (unit is None or unit.dtype == torch.float32)
+        and all(x.device == other.device for other in (clip, unit, levels.table) if other is not None)
     )
 
 
 def accept_values(x: Tensor) -> bool:
-    """Whether `standard_deviation` takes x."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    """Whether the kernels can work on the values x."""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and type(x) in (Tensor, nn.Parameter)
     return known and x.numel() > 0 and is_dense(x) and not torch.compiler.is_compiling()
 
 
@@ -222,7 +223,7 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
     count, arguments, flags = _describe(operand)
     programs = min(triton.cdiv(count, BLOCK), MAX_PROGRAMS)
     grad_x, grad_clip = torch.empty_like(x), torch.empty_like(clip)
-    sums = torch.empty(clip.numel() * programs, device=x.device)
+    sums = torch.empty(clip.numel() * programs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _gradient[(programs, clip.numel())](
             grad, x, clip, clip if unit is None else unit, clip if factor is None else factor, operand.levels.table,

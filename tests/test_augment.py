@@ -5,9 +5,13 @@ import torch
 import torchvision.transforms.functional as TF
 
 from apotfx.errors import ApotfxError
-from apotfx.training.augment import ELASTIC_POINTS, Augment, affine_matrix, augment_batch, erase, warp
+from apotfx.training.augment import ELASTIC_POINTS, Augment, affine_matrix, draw, erase, transform, warp
 
 EVERYTHING = Augment(degrees=30.0, translate=0.2, scale=(0.7, 1.3), shear=15.0, flip=True, elastic=0.05, erase=0.5)
+
+
+def augment_batch(batch, augment, generator, **ranks):
+    return transform(batch, augment, draw(augment, len(batch), generator, **ranks))
 
 
 def generator(seed=0):

@@ -27,7 +27,7 @@ from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, engine, kernels, operators, quantize
 from apotfx import functional as F
-from apotfx.engine import COMPILED, EAGER, ON_GPU, Int8, choose, quantized_op, use_engine
+from apotfx.engine import COMPILED, EAGER, Int8, choose, quantized_op, use_engine
 from apotfx.functional import Operand
 from apotfx.layers import QuantLayer
 from apotfx.operators import Convolution, MatrixProduct, accumulator_bound, exact_dtype
@@ -766,6 +766,89 @@ def test_a_copy_and_the_state_keep_working(name):
     assert torch.equal(copied.eval()(images()), expected) and torch.equal(loaded.eval()(images()), expected)
     copied.train()(images()).sum().backward()
     assert all(p.grad is None for p in qmodel.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
+@pytest.mark.parametrize("name", ["eager", "compiled", "int8"])
+def test_torch_compile_computes_the_same(name):
+    qmodel = small_model().eval()
+    use_engine(qmodel, name)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = qmodel(images())
+        torch.testing.assert_close(torch.compile(qmodel, backend="aot_eager")(images()), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
+def test_training_through_torch_compile_breaks_no_graph_and_gives_the_gradients_of_eager():
+    gradients = []
+    torch.compiler.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        qmodel = small_model().train()
+        use_engine(qmodel, "auto" if compiled else "eager")
+        run_model = torch.compile(qmodel, backend="aot_eager", fullgraph=True) if compiled else qmodel
+        run_model(images()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in qmodel.named_parameters() if p.grad is not None})
+    torch.compiler.reset()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@fast_engine
+def test_a_model_in_float64_gives_the_bits_of_eager(fast):
+    qmodel, x = small_model().double().eval(), images().double()
+    expected = use_engine(qmodel, "eager") and qmodel(x)
+    for module in qmodel.modules():
+        if isinstance(module, QuantLayer):
+            module.engine = fast
+    assert expected.dtype == torch.float64 and torch.equal(qmodel(x), expected)
+
+
+@fast_engine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_float_operand_of_any_type_beside_a_quantized_one(fast, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(activation_bits=32),))), [images()])
+    layer, x = qmodel.get_submodule("0"), images().to(dtype)
+
+    def compute(engine_, training):
+        layer.engine = engine_
+        y = layer.train(training)(x)
+        return y, torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))
+
+    assert torch.equal(compute(fast, False)[0], compute(EAGER, False)[0])
+    (mine, my_gradients), (expected, gradients) = compute(fast, True), compute(EAGER, True)
+    for a, b in zip((mine, *my_gradients), (expected, *gradients), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@every_engine
+def test_tensors_on_different_devices_are_torchs_error(engine_):
+    qmodel = small_model().eval()
+    for module in qmodel.modules():
+        if isinstance(module, QuantLayer):
+            module.engine = engine_
+    qmodel.get_submodule("2").to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        qmodel(images())
+
+
+@fast_engine
+def test_the_default_device_may_be_another(fast):
+    qmodel, x = small_model().train(), images()
+    for module in qmodel.modules():
+        if isinstance(module, QuantLayer):
+            module.engine = fast
+    expected = qmodel(x)
+    kernels._scratch.buffers.clear()
+    kernels._describe_levels.cache_clear()
+    kernels._byte_tables.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(qmodel(x), expected)
 
 
 def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):

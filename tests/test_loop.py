@@ -94,6 +94,22 @@ def test_moving_average_follows_its_formula():
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_moving_average_by_a_tensor_is_the_one_by_a_number():
+    """As on a GPU."""
+    averages = []
+    for make in (float, torch.tensor):
+        torch.manual_seed(0)
+        model = network()
+        averages.append(MovingAverage(model, 0.9))
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter))
+            averages[-1].average_in(make(averages[-1].next_weight()))
+    assert averages[0].n_averaged == averages[1].n_averaged == 5
+    for a, b in zip(*(average.module.parameters() for average in averages), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_evaluate_counts_every_image_and_keeps_the_mode():
     data = dataset()
 
@@ -114,11 +130,11 @@ def test_distillation_loss_against_its_formula(num_teachers):
     images, labels = torch.rand(8, 1, 10, 10), torch.arange(8) % 3
     logits = torch.randn(8, 3)
     cross_entropy = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    for t.step in range(num_teachers):
+    for t.step in range(2 * num_teachers):
         p = torch.softmax(teachers[t.step % num_teachers](images).detach() / 2, 1)
         kl = (p * (p.log() - torch.log_softmax(logits / 2, 1))).sum(1).mean() * 4
         expected = (0.75 * cross_entropy + 0.25 * kl).item()
-        target = t.targets[t.step % num_teachers](images)
+        (target,) = t._targets(images)
         assert t._loss(logits, labels, target).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -127,8 +143,8 @@ def test_teachers_in_turn_teach_the_mean_of_their_probabilities():
     t = trainer(replace(CONFIG, teacher_weight=1.0, temperature=2.0), teachers=teachers)
     images, labels = torch.rand(8, 1, 10, 10), torch.arange(8) % 3
     logits = torch.randn(8, 3, requires_grad=True)
-    for soft_labels in t.targets:
-        (t._loss(logits, labels, soft_labels(images)) / 3).backward()
+    for t.step in range(3):
+        (t._loss(logits, labels, *t._targets(images)) / 3).backward()
     p = sum(torch.softmax(teacher(images).detach() / 2, 1) for teacher in teachers) / 3
     expected = logits.detach().clone().requires_grad_()
     (nn.functional.kl_div(torch.log_softmax(expected / 2, 1), p, reduction="batchmean") * 4).backward()

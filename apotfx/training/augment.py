@@ -78,14 +78,6 @@ class Augment:
         return {"flip": cls(flip=True), "none": cls.none()}[name]
 
 
-def augment_batch(
-    images: Tensor, augment: Augment, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """`transform` by the numbers that `draw` gives for `images`, float [B, C, S, S]."""
-    numbers = draw(augment, len(images), generator, rank=rank, world_size=world_size)
-    return transform(images, augment, [to_device(x, images.device) for x in numbers])
-
-
 def draw(
     augment: Augment, count: int, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
 ) -> list[Tensor]:

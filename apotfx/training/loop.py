@@ -221,22 +221,14 @@ class Trainer:
         # Summed on the device, so that a GPU need not be waited for: loss times images, correct answers, images.
         self.running = torch.zeros(len(RUNNING), dtype=torch.float64, device=device)
         # Steps with a loss or a gradient that was not finite, and all steps after them: they change no weight.
-        self.held = torch.zeros((), device=device)
-        self.optimizer.found_inf = torch.zeros((), device=device)
-        self.targets = [functools.partial(self._soft_labels, teacher) for teacher in teachers]
-        self.update = self._update
-        if self.recorded:
-            timed = functools.partial(self.clock, "training step")
-            self.targets = [Recorded(target, timed) for target in self.targets]
-            self.update = Recorded(self._update, timed)
+        self.held = torch.zeros((), dtype=torch.float32, device=device)
+        self.optimizer.found_inf = torch.zeros_like(self.held)
+        self.recordings: dict[str, Recorded] = {}
 
     @property
     def evaluated(self) -> nn.Module:
         """The network that validation, the test and the export use: the moving average where there is one."""
-        if not self.average:
-            return self.model
-        self.average.copy_others()
-        return self.average.module
+        return self.average.module if self.average else self.model
 
     @property
     def total_steps(self) -> int:
@@ -263,22 +255,37 @@ class Trainer:
                         trace.step()
                     progress(self.step - epoch * steps, self._running_metrics)
                     if self._agree(stop_requested()):
-                        self._require_finite(images)
+                        self._require_finite()
                         self.seconds += time.perf_counter() - began
                         self.save(run_dir)
                         raise Interrupted(self.step, run_dir)
-                self._require_finite(images)
+                self._require_finite()
                 self._end_epoch(epoch, run_dir, monitor, began)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        target = [self.targets[self.step % len(self.targets)](images)] if self.targets else []
         rates = self._rates()
         if self.device.type == "cuda":
-            rates = to_device(torch.tensor(rates), self.device)
-        self.update(images, labels, rates, *target)
+            rates = to_device(torch.tensor(rates, dtype=torch.float32), self.device)
+        self._replayed("update", self._update)(images, labels, rates, *self._targets(images))
         self.step += 1
         if self.device.type == "cpu":
-            self._require_finite(images)
+            self._require_finite()
+
+    def _replayed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`function`, whose parts a replay runs as one, from its recording, where there is one of that name."""
+        if not self.recorded:
+            return function
+        if name not in self.recordings:
+            self.recordings[name] = Recorded(function, functools.partial(self.clock, "training step"))
+        return self.recordings[name]
+
+    def _targets(self, images: Tensor) -> list[Tensor]:
+        """What the teacher whose turn it is says of the images, [B, classes]; nothing without teachers."""
+        if not self.teachers:
+            return []
+        turn = self.step % len(self.teachers)
+        teach = functools.partial(self._soft_labels, self.teachers[turn])
+        return [self._replayed(f"teacher {turn}", teach)(images)]
 
     def _rates(self) -> list[float]:
         """The learning rates of the optimizer's groups in this step and, where there is one, the average's weight."""
@@ -290,14 +297,8 @@ class Trainer:
         self, images: Tensor, labels: Tensor, rates: Sequence[float] | Tensor, target: Tensor | None = None
     ) -> Tensor:
         """A step on a batch, by `_rates`; returns the loss. Waits for nothing on the device, so that it can be recorded."""
-        with self.clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = self.network(images).float()
-            loss = self._loss(logits, labels, target)
-        with self.clock("backward"):
-            self.optimizer.zero_grad()
-            loss.backward()
+        logits, loss = self._compute_gradients(images, labels, target)
         with self.clock("optimizer"):
-            loss = loss.detach()
             finite = torch.isfinite(loss + _norm_of_gradients(self.model))
             self.held += torch.logical_or(self.held, ~finite)
             torch.clamp(self.held, max=1, out=self.optimizer.found_inf)  # by which it leaves the weights alone
@@ -307,9 +308,20 @@ class Trainer:
             self.optimizer.step()
             if self.average:
                 self.average.average_in(weight)
-            counts = loss * len(labels), (logits.argmax(1) == labels).sum(), torch.full_like(loss, len(labels))
-            self.running += torch.stack([count.double() for count in counts])
+            correct = (logits.argmax(1) == labels).sum()
+            counts = loss.double() * len(labels), correct.double(), torch.full_like(loss, len(labels)).double()
+            self.running += torch.stack(counts)
         return loss
+
+    def _compute_gradients(self, images: Tensor, labels: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the logits, the loss), both detached."""
+        with self.clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            logits = self.network(images).float()
+            loss = self._loss(logits, labels, target)
+        with self.clock("backward"):
+            self.optimizer.zero_grad()
+            loss.backward()
+        return logits.detach(), loss.detach()
 
     @torch.no_grad()
     def _soft_labels(self, teacher: nn.Module, images: Tensor) -> Tensor:
@@ -328,19 +340,26 @@ class Trainer:
         distillation = F.kl_div(F.log_softmax(logits / t, 1), target, reduction="batchmean", log_target=True) * t * t
         return torch.lerp(loss, distillation, self.config.teacher_weight)
 
-    def _require_finite(self, images: Tensor) -> None:
+    def _require_finite(self) -> None:
         """Raises: ApotfxError: the training has diverged, which a GPU is not asked after each step."""
         held = int(self.held)
-        if held:
-            where = first_non_finite(self.model, images)
-            raise ApotfxError(
-                f"training diverged at step {self.step - held}: the first value that is not finite is {where}; "
-                f"the last good checkpoint was kept; lower --lr (now {self.config.lr}) or change --seed"
-            )
+        if not held:
+            return
+        self.step -= held  # whose batch a GPU has left behind, but not its weights
+        images, labels = next(self.batches.epoch(*divmod(self.step, len(self.batches))))
+        if self.device.type == "cuda":
+            self._compute_gradients(images, labels, *(self._targets(images) or [None]))
+        where = first_non_finite(self.model, images)
+        raise ApotfxError(
+            f"training diverged at step {self.step}: the first value that is not finite is {where}; "
+            f"the last good checkpoint was kept; lower --lr (now {self.config.lr}) or change --seed"
+        )
 
     def _end_epoch(self, epoch: int, run_dir: Path, monitor: Monitor, began: float) -> None:
         train = self._running_metrics()
         self.running.zero_()
+        if self.average:
+            self.average.copy_others()
         with self.clock("evaluation"):
             val_acc = evaluate(
                 self.evaluated, self.dataset.val, self.dataset, self.image_size, self.device, self.processes
@@ -402,9 +421,11 @@ class Trainer:
                 save_checkpoint(run_dir / "checkpoint.pt", self._identity() | self.state_dict())
 
     def state_dict(self) -> dict:
+        if self.average:
+            self.average.copy_others()
         return {
             "model": self.model.state_dict(),
-            "ema": self.evaluated.state_dict() if self.average else None,
+            "ema": self.average.module.state_dict() if self.average else None,
             "ema_count": int(self.average.n_averaged) if self.average else 0,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -420,6 +441,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.recordings.clear()  # which hold the optimizer's tensors
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.module.load_state_dict(state["ema"])
@@ -436,7 +458,7 @@ class Trainer:
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """What is first NaN or infinite in a forward pass of `model`: an image, a parameter, an output, a gradient, a norm."""
+    """What is first NaN or infinite in a forward pass of `model`: an image, a parameter, an output, a gradient."""
     if not images.isfinite().all():
         return "in the input images"
     for name, parameter in model.named_parameters():
@@ -500,7 +522,7 @@ def _progress(
         bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", leave=False, file=sys.stdout)
 
         def advance(step: int, metrics: Callable[[], dict[str, float]]) -> None:
-            if step % STEPS_PER_BAR == 0:
+            if step % STEPS_PER_BAR == 0 or step == steps:
                 now = metrics()
                 bar.set_postfix(loss=f"{now['loss']:.4f}", acc=f"{now['accuracy']:.2f}%", refresh=False)
             bar.update()

@@ -1,4 +1,4 @@
-"""Functions that are replayed from a CUDA graph: a thousand small kernels start at once, without Python between them."""
+"""Functions replayed from a CUDA graph: a thousand small kernels start at once, without Python between them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,11 +12,14 @@ CALLS_BEFORE = 3  # in which libraries choose their kernels, and clips are found
 
 
 class Recorded:
-    """`function`, which takes tensors and returns one, recorded at its fourth call and replayed from then on.
+    """`function`, which takes tensors on one GPU and returns one, recorded at its fourth call and replayed from then on.
 
-    Later calls must have the shapes and dtypes of the first. Their result is overwritten by the next one, as is whatever
-    else the function leaves in memory, such as gradients. A function that cannot be recorded, because it waits for the
-    GPU, is called as it is. `timed()` is entered around each replay.
+    What the function decides in Python, such as a layer to leave out, it decides once for all replays. The result is
+    overwritten by the next one, as is whatever else the function leaves in memory, such as gradients. A function that
+    cannot be recorded, because it waits for the GPU, is called as it is. `timed()` is entered around each replay.
+
+    Raises (the calls after the recording):
+        ValueError: an input has another shape than at the recording.
     """
 
     def __init__(self, function: Callable[..., Tensor], timed: Callable[[], AbstractContextManager] = nullcontext):
@@ -31,17 +34,20 @@ class Recorded:
         self.calls += 1
         if self.graph is None:
             return self.function(*inputs)
+        for given, recorded in zip(inputs, self.inputs, strict=True):
+            if given.shape != recorded.shape:
+                raise ValueError(f"recorded with an input of {list(recorded.shape)}, got {list(given.shape)}")
         with self.timed():
             torch._foreach_copy_(self.inputs, inputs)
             self.graph.replay()
         return self.output
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        graph, self.inputs, device = torch.cuda.CUDAGraph(), [x.clone() for x in inputs], inputs[0].device
+        generator = torch.cuda.default_generators[device.index]
         before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                 self.output = self.function(*self.inputs)
         except RuntimeError as error:
             self.can_record = False
