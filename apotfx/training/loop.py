@@ -296,7 +296,7 @@ class Trainer:
     def _update(
         self, images: Tensor, labels: Tensor, rates: Sequence[float] | Tensor, target: Tensor | None = None
     ) -> Tensor:
-        """A step on a batch, by `_rates`; returns the loss. Waits for nothing on the device, so that it can be recorded."""
+        """A step on a batch, by `_rates`; returns the loss. Waits for nothing on the device, to be recorded."""
         logits, loss = self._compute_gradients(images, labels, target)
         with self.clock("optimizer"):
             finite = torch.isfinite(loss + _norm_of_gradients(self.model))

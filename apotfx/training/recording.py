@@ -12,7 +12,7 @@ CALLS_BEFORE = 3  # in which libraries choose their kernels, and clips are found
 
 
 class Recorded:
-    """`function`, which takes tensors on one GPU and returns one, recorded at its fourth call and replayed from then on.
+    """`function`, which takes tensors on one GPU and returns one, recorded at its fourth call, replayed from then on.
 
     What the function decides in Python, such as a layer to leave out, it decides once for all replays. The result is
     overwritten by the next one, as is whatever else the function leaves in memory, such as gradients. A function that
