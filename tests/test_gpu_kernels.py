@@ -143,7 +143,8 @@ def test_half_precision(kernels, dtype):
     [
         Operand(values(3), None, None, None), make(values(3).double(), torch.tensor(1.0)),
         make(values(3), torch.tensor(1.0).double()), make(values(0), torch.tensor(1.0)),
-        make(values(4, 6).to(DEVICE)[:, ::2], torch.tensor(1.0)), make(values(3), torch.tensor(1.0), torch.tensor(1.0).double()),
+        make(values(4, 6).to(DEVICE)[:, ::2], torch.tensor(1.0)),
+        make(values(3), torch.tensor(1.0), torch.tensor(1.0).double()),
     ],
     ids=["float", "float64", "float64-clip", "empty", "not-dense", "float64-unit"],
 )  # fmt: skip
