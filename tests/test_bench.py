@@ -132,7 +132,7 @@ def test_clips_are_calibrated_before_the_first_step():
 def test_the_memory_format_reaches_images_and_weights():
     for name, memory_format in bench_common.MEMORY_FORMATS.items():
         step = bench_train.Step(tiny_case(memory_format=name), bench_train.FLOAT)
-        assert step.images.is_contiguous(memory_format=memory_format)
+        assert step.batch[0].is_contiguous(memory_format=memory_format)
         assert step.model[1][0].weight.is_contiguous(memory_format=memory_format)
 
 
