@@ -14,7 +14,7 @@ from apotfx.training.distributed import Processes, pick_device
 ROOT = Path(__file__).parents[1]
 
 WORKER = """
-import sys, torch
+import os, sys, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 import apotfx
@@ -41,6 +41,7 @@ processes.wait()
 if processes.is_main:
     torch.save({"grad": {k: p.grad for k, p in net.named_parameters()}, "state": net.state_dict()}, sys.argv[1])
 processes.close()
+os._exit(0)  # as tools/train.py
 """
 
 
