@@ -108,10 +108,11 @@ class Eager:
 
         `scale_x` is x.scale.
         """
-        if exact or dtype.itemsize < 4:
+        if exact:
             scale = output_shaped(self.scale(w, scale_x), operator)
             return scaled_op(self.levels(x, None, "x"), self.levels(w, None, "w"), scale, operator, dtype)
-        # The scale goes into the weight, which is smaller than the output.
+        # The scale goes into the weight, which is smaller than the output; in bfloat16 it is rounded there, as autocast
+        # rounds a float weight.
         return operator.forward(self.levels(x, None, "x", dtype), self.levels(w, scale_x, "w", dtype))
 
 
@@ -140,14 +141,6 @@ class OnGpu(Eager):
         if kernels.accept(operand):
             return kernels.gradient(grad, operand, factor, everywhere)
         return super().gradient(grad, operand, n, factor, everywhere)
-
-    def product(
-        self, x: Operand, w: Operand, scale_x: Tensor, operator: Operator, dtype: torch.dtype, exact: bool
-    ) -> Tensor:
-        if exact:
-            return super().product(x, w, scale_x, operator, dtype, exact)
-        # In bfloat16 too: autocast rounds weights as well, and another pass over the output costs more.
-        return operator.forward(self.levels(x, dtype=dtype), self.levels(w, scale_x, dtype=dtype))
 
 
 @functools.cache
@@ -188,11 +181,6 @@ class Compiled(Eager):
         if kernels.describe(operand):
             return kernels.gradient(grad.float(), operand, factor, everywhere)
         return _for_device(operand.values).gradient(grad, operand, n, factor, everywhere)
-
-    def product(self, x, w, scale_x, operator, dtype, exact):
-        if x.values.device.type == "cpu":
-            return super().product(x, w, scale_x, operator, dtype, exact)
-        return _for_device(x.values).product(x, w, scale_x, operator, dtype, exact)
 
 
 def _for_device(x: Tensor) -> Eager:
@@ -278,17 +266,16 @@ def choose(name: str = "auto", device: torch.device | str = "cpu") -> Choice:
         return Choice(EAGER, wanted)
     on_gpu = torch.device(device).type == "cuda"
     no_kernels = what_gpu_kernels_lack() if on_gpu else what_kernels_lack()
-    no_bytes = None if on_gpu else what_bytes_lack()
-    if no_kernels or no_bytes:
+    no_bytes = "it runs on the CPU only" if on_gpu else what_bytes_lack()
+    if no_kernels or (no_bytes and not on_gpu):
         say_once(f"quantized layers run slower than they could: {no_kernels or no_bytes}")
-    base, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
-    if name == "compiled" or (on_gpu and name == "auto"):
-        return Choice(base, ", ".join(reasons) or wanted)
-    if on_gpu:
-        no_bytes = "it runs on the CPU only"
-    if no_bytes:
-        reasons.append(f"no 8-bit arithmetic: {no_bytes}")
-    return Choice(base if no_bytes else Int8(base), ", ".join(reasons) or wanted)
+    engine, reasons = (EAGER, [f"no compiled kernels: {no_kernels}"]) if no_kernels else (COMPILED, [])
+    if name == "int8" or (name == "auto" and not on_gpu):
+        if no_bytes:
+            reasons.append(f"no 8-bit arithmetic: {no_bytes}")
+        else:
+            engine = Int8(engine)
+    return Choice(engine, ", ".join(reasons) or wanted)
 
 
 def _chosen(name: str) -> Eager:

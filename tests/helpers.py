@@ -43,8 +43,10 @@ def level_set_id(levels: LevelSet) -> str:
     return f"{levels.scheme}{levels.bits}{'s' if levels.signed else 'u'}"
 
 
-def encoding(levels: LevelSet, rectifier: tuple[float, float] | None = None) -> F.Levels:
-    return F.Levels(F.Levels.of(levels).table, levels, rectifier)
+def encoding(
+    levels: LevelSet, rectifier: tuple[float, float] | None = None, device: torch.device | None = None
+) -> F.Levels:
+    return F.Levels(F.Levels.of(levels, device).table, levels, rectifier)
 
 
 def weight_in_clip_units(layer: QuantLayer) -> torch.Tensor:

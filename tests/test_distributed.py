@@ -14,11 +14,11 @@ from apotfx.training.distributed import Processes, pick_device
 ROOT = Path(__file__).parents[1]
 
 WORKER = """
-import os, sys, torch
+import sys, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 import apotfx
-from apotfx.training.distributed import Processes, synchronize_batch_norms
+from apotfx.training.distributed import Processes, leave, synchronize_batch_norms
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
@@ -41,7 +41,7 @@ processes.wait()
 if processes.is_main:
     torch.save({"grad": {k: p.grad for k, p in net.named_parameters()}, "state": net.state_dict()}, sys.argv[1])
 processes.close()
-os._exit(0)  # as tools/train.py
+leave(0)
 """
 
 

@@ -80,8 +80,10 @@ def run(
             accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device
         )
     return quantized_op(
-        Operand(x, clip_x if levels_x else None, None, levels_x and encoding(levels_x, rectifier)),
-        Operand(w, clip_w if levels_w else None, unit if levels_w else None, levels_w and encoding(levels_w)),
+        Operand(x, clip_x if levels_x else None, None, levels_x and encoding(levels_x, rectifier, x.device)),
+        Operand(
+            w, clip_w if levels_w else None, unit if levels_w else None, levels_w and encoding(levels_w, None, w.device)
+        ),
         operator=operator, dtype=dtype, exact=exact, engine=engine, **options,
     )  # fmt: skip
 
@@ -585,16 +587,18 @@ needs_bfloat16 = pytest.mark.skipif(
 @needs_bfloat16
 @every_operator
 @pytest.mark.parametrize("engine_", [EAGER, FAST["compiled"]], ids=["eager", "compiled"])
-def test_bfloat16_operands_cost_one_rounding_of_the_accumulators(operator, shape_x, shape_w, engine_):
+def test_bfloat16_rounds_the_weight_and_the_accumulators(operator, shape_x, shape_w, engine_):
     levels = LevelSet("apot", 5, False), LevelSet("apot", 5)
     x, w, clip_x, clip_w = tensors = [t.detach() for t in operands(shape_x, shape_w, dtype=torch.float32)]
     n_x, n_w = F.encode(x, clip_x, encoding(levels[0])), F.encode(w, clip_w, encoding(levels[1]))
     scale = clip_x / levels[0].max * (clip_w / levels[1].max)
-    expected = integer_operator(operator, n_x, n_w).float().bfloat16().float() * scale
+    exact = operator.forward(n_x.double(), (n_w * scale).bfloat16().double())
     for autocast in (True, False):
         with torch.autocast("cpu", enabled=autocast):
             y = run(operator, tensors, *levels, dtype=torch.bfloat16, exact=False, engine=engine_)
-        assert y.dtype == torch.float32 and torch.equal(y, expected)
+        assert y.dtype == torch.bfloat16
+        # Sums of exact products, rounded once, by at most 2^-8.
+        torch.testing.assert_close(y.double(), exact, rtol=1.001 * 2**-8, atol=1e-6)
 
 
 @needs_bfloat16
@@ -608,7 +612,7 @@ def test_gradients_in_bfloat16_are_near_those_of_float32(name, engine_):
         tensors = operands(shape_x, shape_w, True, torch.float32)
         y = run(operator, tensors, *levels, dtype=dtype, exact=False, engine=e)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
-        results.append([y.detach(), *(t.grad for t in tensors)])
+        results.append([y.detach().float(), *(t.grad for t in tensors)])
     for expected, got in zip(*results, strict=True):
         assert got.dtype == torch.float32
         assert (got - expected).norm() < 0.02 * expected.norm()
@@ -833,7 +837,7 @@ def test_tensors_on_different_devices_are_torchs_error(engine_):
         if isinstance(module, QuantLayer):
             module.engine = engine_
     qmodel.get_submodule("2").to("meta")
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises(RuntimeError, match="meta"):  # NotImplementedError is one
         qmodel(images())
 
 

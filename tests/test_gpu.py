@@ -1,12 +1,14 @@
 """What only a GPU shows: the same levels and results as on the CPU, and training steps that are replayed."""
 
+import functools
 import math
 from dataclasses import replace
 
 import pytest
+import test_loop
 import torch
 from test_engine import GEOMETRIES, operands, run
-from test_loop import CONFIG, dataset, equal, network
+from test_loop import CONFIG, dataset, equal, fit, network, whole_and_resumed
 from torch import nn
 
 import apotfx
@@ -15,9 +17,6 @@ from apotfx.errors import ApotfxError
 from apotfx.levels import LevelSet
 from apotfx.models import build_model
 from apotfx.training import recording
-from apotfx.training.distributed import Processes
-from apotfx.training.loop import Trainer
-from apotfx.training.monitor import Monitor
 from apotfx.training.recording import Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -32,18 +31,6 @@ def without_tf32(monkeypatch):
 
 def on_gpu(tensors):
     return [t.detach().to(GPU).requires_grad_(t.requires_grad) for t in tensors]
-
-
-def run_on_gpu(operator, tensors, levels_x, levels_w, **options):
-    """`run` with level sets whose tables lie there."""
-    with pytest.MonkeyPatch.context() as patch:
-        import test_engine
-
-        encoding = test_engine.encoding
-        patch.setattr(
-            test_engine, "encoding", lambda *args: replace(encoding(*args), table=encoding(*args).table.to(GPU))
-        )
-        return run(operator, tensors, levels_x, levels_w, **options)
 
 
 def test_the_engine_is_the_one_with_kernels():
@@ -61,7 +48,7 @@ def test_evaluation_gives_the_bits_of_the_cpu(name, levels):
     with torch.no_grad():
         expected = run(operator, tensors, *levels)
         for engine in (EAGER, ON_GPU):
-            assert torch.equal(run_on_gpu(operator, on_gpu(tensors), *levels, engine=engine).cpu(), expected)
+            assert torch.equal(run(operator, on_gpu(tensors), *levels, engine=engine).cpu(), expected)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -72,7 +59,7 @@ def test_training_gives_the_results_of_float64(name, rectifier):
     for engine, dtype in ((EAGER, torch.float64), (ON_GPU, torch.float32)):
         tensors = operands(shape_x, shape_w, dtype=torch.float32)
         tensors = on_gpu([t.detach().to(dtype).requires_grad_() for t in tensors])
-        y = run_on_gpu(operator, tensors, *LEVELS, engine=engine, dtype=dtype, exact=False, rectifier=rectifier)
+        y = run(operator, tensors, *LEVELS, engine=engine, dtype=dtype, exact=False, rectifier=rectifier)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype))
         results.append([y.detach(), *(t.grad for t in tensors)])
     for expected, got in zip(*results, strict=True):
@@ -85,7 +72,7 @@ def test_bfloat16_is_near_float32(name):
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         tensors = on_gpu(operands(shape_x, shape_w, dtype=torch.float32))
-        y = run_on_gpu(operator, tensors, *LEVELS, engine=ON_GPU, dtype=dtype, exact=False)
+        y = run(operator, tensors, *LEVELS, engine=ON_GPU, dtype=dtype, exact=False)
         assert y.dtype == dtype
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(GPU, dtype))
         results.append([y.detach().float(), *(t.grad for t in tensors)])
@@ -93,16 +80,7 @@ def test_bfloat16_is_near_float32(name):
         assert got.dtype == torch.float32 and (got - expected).norm() < 0.02 * expected.norm()
 
 
-def trainer(config=CONFIG, model=None, teachers=(), data=None):
-    data, model = data or dataset(), (model or network()).to(GPU)
-    teachers = [teacher.to(GPU) for teacher in teachers]
-    return Trainer(config, model, data, data.train.images.shape[-1], teachers, GPU, Processes("cuda"))
-
-
-def fit(t, path):
-    path.mkdir(exist_ok=True)
-    t.fit(path, Monitor(path, enabled=False), print_freq=100)
-    return t
+trainer = functools.partial(test_loop.trainer, device=GPU)
 
 
 def states(t):
@@ -142,24 +120,7 @@ def test_two_trainings_of_a_resnet_give_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("stop_at", [2, 7])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
-    whole = fit(trainer(), tmp_path / "whole")
-    stopped = trainer()
-    steps = stopped._train_step
-    (tmp_path / "part").mkdir()
-
-    def stopping_step(images, labels):
-        if stopped.step == stop_at:
-            stopped.save(tmp_path / "part")
-            raise KeyboardInterrupt
-        steps(images, labels)
-
-    stopped._train_step = stopping_step
-    with pytest.raises(KeyboardInterrupt):
-        fit(stopped, tmp_path / "part")
-    resumed = trainer(model=network())
-    resumed.load_state_dict(torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True))
-    fit(resumed, tmp_path / "part")
-    a, b = states(whole), states(resumed)
+    a, b = map(states, whole_and_resumed(tmp_path, stop_at, GPU))
     for key in a:
         assert equal(a[key], b[key]), key
 

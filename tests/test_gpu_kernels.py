@@ -33,8 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def make(x, clip, unit=None, levels=LEVELS, rectifier=None):
     """An operand on the device of the kernels."""
     x, clip, unit = (None if t is None else t.to(DEVICE) for t in (x, clip, unit))
-    described = encoding(levels, rectifier)
-    return Operand(x, clip, unit, F.Levels(described.table.to(DEVICE), levels, rectifier))
+    return Operand(x, clip, unit, encoding(levels, rectifier, DEVICE))
 
 
 def values(*shape, dtype=torch.float32):

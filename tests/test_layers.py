@@ -368,22 +368,23 @@ def test_the_factor_scales_the_gradients_of_both_clips():
 
 
 @pytest.mark.parametrize("levels", [LEVELS_X, LevelSet("apot", 8, False)], ids=level_set_id)
-def test_training_under_autocast_costs_one_rounding_of_the_accumulators(levels):
+def test_training_under_autocast_computes_in_bfloat16_what_that_holds(levels):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 kernels that sum in float32")
     x = random(2, 3, 6, 6)
     quant = fitted(quantized(nn.Conv2d(3, 4, 3, bias=False), levels_x=levels), x).train()
-    n_w, scale_w = quant.integer_weight()
-    accumulators = torch.conv2d(quant.input_quantizer.encode(x).double(), n_w.double()).float()
-    rounded = accumulators.bfloat16().float()
+    n_x, (n_w, scale_w) = quant.input_quantizer.encode(x), quant.integer_weight()
+    scale = quant.input_quantizer.scale * scale_w
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quant(x)
-    scale = quant.input_quantizer.scale * scale_w
+    exact = torch.conv2d(n_x.double(), n_w.double()).float() * scale
+    rounded = torch.conv2d(n_x.bfloat16(), (n_w * scale).bfloat16()).float()
+    assert y.dtype == torch.float32
     if levels.max <= 256:
-        assert torch.equal(y, rounded * scale)
+        assert torch.equal(y, rounded)
     else:  # wider levels are not exact in bfloat16, so these layers stay in float32
-        torch.testing.assert_close(y, accumulators * scale, rtol=1e-5, atol=1e-6)
-        assert (y - rounded * scale).abs().max() > 1e-4 * y.abs().max()
+        torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-6)
+        assert (y - rounded).abs().max() > 1e-4 * y.abs().max()
 
 
 def test_evaluation_under_autocast_is_exact():

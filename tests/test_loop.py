@@ -10,7 +10,7 @@ from apotfx.errors import ApotfxError
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, Split
 from apotfx.training.distributed import Processes
-from apotfx.training.loop import MovingAverage, Trainer, evaluate, first_non_finite, lr_factor, parameter_groups
+from apotfx.training.loop import Trainer, evaluate, first_non_finite
 from apotfx.training.monitor import Monitor
 
 CPU = torch.device("cpu")
@@ -35,8 +35,10 @@ def network(bits=4, seed=1):
     return apotfx.calibrate(qmodel, [torch.rand(8, 1, 10, 10)]) if bits < 32 else qmodel
 
 
-def trainer(config=CONFIG, model=None, teachers=()):
-    return Trainer(config, model or network(), dataset(), 10, teachers, CPU, Processes("cpu"))
+def trainer(config=CONFIG, model=None, teachers=(), data=None, device=CPU):
+    data, model = data or dataset(), (model or network()).to(device)
+    teachers = [teacher.to(device) for teacher in teachers]
+    return Trainer(config, model, data, data.train.images.shape[-1], teachers, device, Processes(device.type))
 
 
 def fit(t, path):
@@ -53,61 +55,6 @@ def equal(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
-
-
-@pytest.mark.parametrize(
-    ("schedule", "values"),
-    [
-        ("constant", {0: 1, 0.5: 1, 1: 1}),
-        ("step", {0: 1, 0.49: 1, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1: 0.01}),
-        ("cosine", {0: 0.04, 0.05: 1, 0.525: 0.5, 1: 0}),
-        ("onecycle", {0: 0.04, 0.15: 0.52, 0.3: 1, 0.65: 0.5, 1: 0}),
-    ],
-)
-def test_schedules(schedule, values):
-    for progress, factor in values.items():
-        assert lr_factor(schedule, progress) == pytest.approx(factor, abs=1e-12)
-
-
-def test_parameter_groups_hold_each_parameter_once():
-    model = network()
-    weights, scales, clips = parameter_groups(model, replace(CONFIG, clip_lr=0.5))
-    learning = [p for p in model.parameters() if p.requires_grad]
-    assert sum(len(g["params"]) for g in (weights, scales, clips)) == len(learning) == len(list(model.parameters())) - 1
-    assert [g["weight_decay"] for g in (weights, scales, clips)] == [CONFIG.weight_decay, 0, 0]
-    assert [g["lr_factor"] for g in (weights, scales, clips)] == [1, 1, 0.5]
-    assert len(clips["params"]) == 5 and all(p.dim() > 1 for p in weights["params"])
-    assert all(
-        g["weight_decay"] == CONFIG.weight_decay for g in parameter_groups(model, replace(CONFIG, decay_all=True))
-    )
-
-
-def test_moving_average_follows_its_formula():
-    model = nn.Linear(1, 1, bias=False)
-    average = MovingAverage(model, 0.5)
-    expected = None
-    for n in range(6):
-        nn.init.constant_(model.weight, n * n)
-        average.update_parameters()
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = n * n if n == 0 else decay * expected + (1 - decay) * n * n
-        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_moving_average_by_a_tensor_is_the_one_by_a_number():
-    """As on a GPU."""
-    averages = []
-    for make in (float, torch.tensor):
-        torch.manual_seed(0)
-        model = network()
-        averages.append(MovingAverage(model, 0.9))
-        for _ in range(5):
-            for parameter in model.parameters():
-                parameter.data.add_(torch.randn_like(parameter))
-            averages[-1].average_in(make(averages[-1].next_weight()))
-    assert averages[0].n_averaged == averages[1].n_averaged == 5
-    for a, b in zip(*(average.module.parameters() for average in averages), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_evaluate_counts_every_image_and_keeps_the_mode():
@@ -151,14 +98,14 @@ def test_teachers_in_turn_teach_the_mean_of_their_probabilities():
     torch.testing.assert_close(logits.grad, expected.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
-    whole = fit(trainer(), tmp_path / "whole")
+def whole_and_resumed(tmp_path, stop_at, device):
+    """Two trainers at the end of their training; the second went on from a checkpoint after `stop_at` steps."""
+    whole = fit(trainer(device=device), tmp_path / "whole")
 
     class Stop(Exception):
         pass
 
-    stopped = trainer()
+    stopped = trainer(device=device)
     step = stopped._train_step
 
     def stopping_step(images, labels):
@@ -171,10 +118,15 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     with pytest.raises(Stop):
         fit(stopped, tmp_path / "part")
     torch.manual_seed(99)  # dropout must continue from the checkpoint's random state, not from here
-    resumed = trainer(model=network())
+    resumed = trainer(model=network(), device=device)
     resumed.load_state_dict(torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True))
     assert resumed.step == stop_at
-    fit(resumed, tmp_path / "part")
+    return whole, fit(resumed, tmp_path / "part")
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
+    whole, resumed = whole_and_resumed(tmp_path, stop_at, CPU)
     a, b = whole.state_dict(), resumed.state_dict()
     for key in ("model", "ema", "ema_count", "optimizer", "step", "best", "running", "random"):
         assert equal(a[key], b[key]), key

@@ -31,7 +31,7 @@ from apotfx.training.build import (
 from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
 from apotfx.training.config import AUGMENTATIONS, CLIP_INITS, SCHEDULES, TrainConfig
 from apotfx.training.data import DATASETS, Dataset, load_dataset
-from apotfx.training.distributed import Processes, pick_device
+from apotfx.training.distributed import Processes, leave, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
 from apotfx.training.recipes import RECIPES, settings_of
@@ -334,9 +334,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if "RANK" in os.environ:  # of several: gloo's threads may abort one that ends before the others (torch 2.14)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    leave(main())

@@ -137,13 +137,14 @@ class Monitor:
         values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist())) if scalars else {}
         self.scalars(step, {tag: v for tag, v in values.items() if math.isfinite(v) or not tag.startswith("sqnr_db")})
         for tag, histogram in zip(histograms, torch.stack(list(histograms.values())).tolist() if histograms else []):
-            self._histogram(tag, histogram, step)
+            self._write_histogram(tag, histogram, step)
         for kind, rows in usages.items():
             if rows:
                 picture = _usage_picture(torch.cat(rows).cpu().split(list(map(len, rows))))
                 self.writer.add_image(f"level_usage/{kind}", picture, step, dataformats="HW")
 
-    def _histogram(self, tag: str, histogram: list[float], step: int) -> None:
+    def _write_histogram(self, tag: str, histogram: list[float], step: int) -> None:
+        """`histogram`: as `_histogram` gives it."""
         count, low, high, total, squares, *counts = histogram
         if not count:
             return
