@@ -8,9 +8,9 @@ from .integer.load import load_integer
 from .integer.verify import verify
 from .levels import LevelSet
 from .policy import BitPolicy, Rule
-from .rewrite import plan, quantize
+from .graph.passes import plan, quantize
 from .summary import summary
-from .tracing import trace
+from .graph.tracing import trace
 
 __all__ = [
     "ApotfxError",

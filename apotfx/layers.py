@@ -131,7 +131,7 @@ class QuantLayer(nn.Module):
         input_quantizer: or None for a float input.
         clip_grad_factor: multiplies the gradients of both clips.
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
-            its work (see `rewrite.absorb_rectifiers`); else None.
+            its work (see `passes.absorb_rectifiers`); else None.
         engine: what computes the layer; see `engine.use_engine`.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
-from .analysis import LayerFacts
+from .graph.facts import LayerFacts
 from .errors import ApotfxError
 from .files import write_atomic
 from .levels import MAX_BITS, MIN_BITS, SCHEMES, LevelSet

@@ -21,7 +21,7 @@ from .errors import ApotfxError
 from .layers import QuantLayer
 from .levels import MAX_BITS, MIN_BITS, LevelSet
 from .policy import BitPolicy, Rule
-from .rewrite import quantize
+from .graph.passes import quantize
 
 SAMPLED_BATCHES = 8  # whose inputs are kept, to quantize them
 

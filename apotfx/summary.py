@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from .attention import PROJECTIONS, obstacle, split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
-from .modularize import functional_arguments, without_arguments
+from .graph.modularize import functional_arguments, without_arguments
 from .modules import attribute
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
-from .tracing import bind, graph_of
+from .graph.tracing import bind, graph_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule
-from apotfx.analysis import LayerFacts
+from apotfx.graph.facts import LayerFacts
 from apotfx.policy import resolve
 
 

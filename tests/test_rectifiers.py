@@ -16,8 +16,9 @@ from apotfx import (
     load_integer,
     quantize,
     read_integer,
-    rewrite,
+
 )
+from apotfx.graph import passes
 from apotfx.clips import fit_clip
 from apotfx.layers import QuantLayer
 
@@ -72,9 +73,9 @@ def rectifiers(qmodel):
 def with_and_without(model, monkeypatch, policy=POLICY):
     """`model` quantized and calibrated, as it is and with the activation functions left in the graph."""
     results = []
-    for absorb in (rewrite.absorb_rectifiers, lambda graph_module, unsigned: {}):
+    for absorb in (passes.absorb_rectifiers, lambda graph_module, unsigned: {}):
         with monkeypatch.context() as patch:
-            patch.setattr(rewrite, "absorb_rectifiers", absorb)
+            patch.setattr(passes, "absorb_rectifiers", absorb)
             results.append(calibrate(quantize(model, policy), [images()]))
     return results
 

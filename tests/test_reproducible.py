@@ -9,7 +9,7 @@ import torch.nn.functional as TF
 from torch import fx, nn
 
 from apotfx import reproducible
-from apotfx.rewrite import make_reproducible, trace
+from apotfx.graph.passes import make_reproducible, trace
 from apotfx.training.distributed import CpuSyncBatchNorm, synchronize_batch_norms
 
 SHAPES = {1: (6, 5, 24), 2: (6, 5, 12, 10), 3: (6, 5, 6, 4, 8)}

@@ -13,7 +13,7 @@ from cycle_helpers import POLICY, call, calls, cycle, loaded, quantized, trained
 from torch import fx, nn
 
 from apotfx import ApotfxError, BitPolicy, Rule, load_integer, plan, quantize, summary, trace
-from apotfx.tracing import bind, graph_of
+from apotfx.graph.tracing import bind, graph_of
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from apotfx.allocation import BUDGETS, Allocation, Option, all_equal, allocate, 
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.levels import MAX_BITS, MIN_BITS
-from apotfx.rewrite import plan
+from apotfx.graph.passes import plan
 from apotfx.sensitivity import Sensitivity, measure
 from apotfx.training.augment import Augment
 from apotfx.training.build import build_float

@@ -19,7 +19,7 @@ from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import BitPolicy
-from apotfx.rewrite import quantize
+from apotfx.graph.passes import quantize
 from apotfx.training.build import build_float
 from apotfx.training.checkpoint import load_state, read_checkpoint
 from apotfx.training.data import DATASETS, Dataset, Split, eval_batches, load_dataset

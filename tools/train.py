@@ -18,7 +18,7 @@ from apotfx.engine import ENGINES, Choice
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
 from apotfx.policy import BitPolicy
-from apotfx.rewrite import plan
+from apotfx.graph.passes import plan
 from apotfx.training.build import (
     Network,
     build_float,

@@ -34,7 +34,7 @@ import apotfx
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
-from apotfx.tracing import bind, explain
+from apotfx.graph.tracing import bind, explain
 
 SEED = 0
 LEARNING_RATE = 1e-6

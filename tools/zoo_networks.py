@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from apotfx.tracing import bind
+from apotfx.graph.tracing import bind
 
 BATCH = 2  # batch norm needs two values where the map is a single pixel
 PIXELS = (64, 96, 112, 128, 224, 256, 299)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, fx, nn
 
-from apotfx.analysis import torch_name
+from apotfx.graph.facts import torch_name
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes

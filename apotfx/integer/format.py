@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from apotfx.analysis import batch_norm_after
+from apotfx.graph.facts import batch_norm_after
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes, unpack_codes
@@ -35,11 +35,11 @@ from apotfx.integer.manifest import (
     read_manifest,
 )
 from apotfx.layers import FunctionalLayer, Geometry, QuantLayer
-from apotfx.modularize import layer_parameters, without_arguments
+from apotfx.graph.modularize import layer_parameters, without_arguments
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
-from apotfx.tracing import graph_of
+from apotfx.graph.tracing import graph_of
 
 MAX_HEADER_BYTES = 10**8  # of safetensors
 

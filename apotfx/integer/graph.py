@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from apotfx.analysis import BATCH_NORMS
+from apotfx.graph.facts import BATCH_NORMS
 from apotfx.errors import ApotfxError
 from apotfx.layers import FunctionalLayer, QuantLayer, float_type_of, kind_of
 from apotfx.reproducible import Average
-from apotfx.tracing import graph_of
+from apotfx.graph.tracing import graph_of
 
 
 def describe_graph(model: nn.Module) -> list[dict]:

@@ -21,11 +21,11 @@ from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.integer.manifest import WEIGHTS, level_set_of
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import Geometry, float_type_of, kind_of
-from apotfx.modularize import without_arguments
+from apotfx.graph.modularize import without_arguments
 from apotfx.modules import has_hooks
 from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
-from apotfx.rewrite import Prepared, absorb_rectifiers, make_reproducible, swap_layers
-from apotfx.tracing import graph_of
+from apotfx.graph.passes import Prepared, absorb_rectifiers, make_reproducible, swap_layers
+from apotfx.graph.tracing import graph_of
 
 BACKENDS = ("reference", "onednn")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from apotfx.analysis import IN_PLACE_OPERATORS, rectified_range, torch_name
+from apotfx.graph.facts import IN_PLACE_OPERATORS, rectified_range, torch_name
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.layers import float_type_of, kind_of
 from apotfx.operators import TransposedConvolution
 from apotfx.reproducible import AVERAGE_POOLS, Average
-from apotfx.tracing import ByMode
+from apotfx.graph.tracing import ByMode
 
 PLAIN_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 # Of torch's functions, which torch.fx cannot ask for them in every version.

@@ -12,7 +12,7 @@ from apotfx.errors import ApotfxError
 from apotfx.layers import QuantLayer
 from apotfx.models import build_model
 from apotfx.policy import FLOAT_BITS, BitPolicy
-from apotfx.rewrite import quantize
+from apotfx.graph.passes import quantize
 from apotfx.training.augment import Augment
 from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
 from apotfx.training.config import TrainConfig

@@ -10,7 +10,7 @@ from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
 from apotfx.integer.format import MANIFEST, read_manifest
 from apotfx.models import build_model
-from apotfx.rewrite import quantize
+from apotfx.graph.passes import quantize
 from apotfx.training.checkpoint import load_state, read_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset

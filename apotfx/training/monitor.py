@@ -27,7 +27,7 @@ from ..clips import sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
 from ..levels import LevelSet
-from ..modularize import layer_parameters
+from ..graph.modularize import layer_parameters
 from ..policy import Plan
 from ..quantizers import Quantizer
 

@@ -7,18 +7,18 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from . import reproducible
-from .analysis import analyze, is_read_once, rectified_range, torch_name
-from .attention import split_attention
-from .engine import use_engine
-from .errors import ApotfxError
-from .layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
-from .modularize import functional_arguments, functional_calls, layers_as_modules
-from .modules import attribute, has_hooks, replace_modules
-from .operators import accumulator_bits, accumulator_bound
-from .policy import BitPolicy, Plan, PlannedLayer, resolve
-from .quantizers import InputQuantizer, WeightQuantizer
-from .tracing import graph_of, require_traceable, trace
+from apotfx import reproducible
+from apotfx.graph.facts import analyze, is_read_once, rectified_range, torch_name
+from apotfx.attention import split_attention
+from apotfx.engine import use_engine
+from apotfx.errors import ApotfxError
+from apotfx.layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
+from apotfx.graph.modularize import functional_arguments, functional_calls, layers_as_modules
+from apotfx.modules import attribute, has_hooks, replace_modules
+from apotfx.operators import accumulator_bits, accumulator_bound
+from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
+from apotfx.quantizers import InputQuantizer, WeightQuantizer
+from apotfx.graph.tracing import graph_of, require_traceable, trace
 
 
 def plan(

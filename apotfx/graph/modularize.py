@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .analysis import FUNCTIONAL_LAYERS, constant_nodes, torch_name
-from .layers import FunctionalLayer
-from .modules import attribute
-from .tracing import graph_of
+from apotfx.graph.facts import FUNCTIONAL_LAYERS, constant_nodes, torch_name
+from apotfx.layers import FunctionalLayer
+from apotfx.modules import attribute
+from apotfx.graph.tracing import graph_of
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 PRODUCT_ARGUMENTS = {"matmul": ("input", "other"), "mm": ("input", "mat2"), "addmm": ("input", "mat1", "mat2")}

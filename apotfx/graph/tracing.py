@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .attention import MultiheadAttention
-from .errors import ApotfxError
-from .layers import float_type_of
-from .modules import attribute, has_hooks
+from apotfx.attention import MultiheadAttention
+from apotfx.errors import ApotfxError
+from apotfx.layers import float_type_of
+from apotfx.modules import attribute, has_hooks
 
 TORCH_FILES = str(Path(torch.__file__).parent)
 

@@ -16,8 +16,8 @@ from apotfx import (
     quantize,
 )
 from apotfx.layers import QuantConv2d, QuantLayer, QuantLinear
-from apotfx.rewrite import swap_layers
-from apotfx.tracing import trace
+from apotfx.graph.passes import swap_layers
+from apotfx.graph.tracing import trace
 
 POLICY = BitPolicy((Rule(),))
 

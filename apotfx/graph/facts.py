@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from .attention import obstacle as attention_obstacle
-from .layers import FunctionalLayer, float_type_of, kind_of
-from .modules import has_hooks
-from .reproducible import Average
-from .tracing import ByMode
+from apotfx.attention import obstacle as attention_obstacle
+from apotfx.layers import FunctionalLayer, float_type_of, kind_of
+from apotfx.modules import has_hooks
+from apotfx.reproducible import Average
+from apotfx.graph.tracing import ByMode
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}

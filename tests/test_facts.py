@@ -6,9 +6,9 @@ import torch.nn.functional as TF
 from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
 
-from apotfx.analysis import LayerFacts, analyze
-from apotfx.rewrite import Prepared
-from apotfx.tracing import graph_of
+from apotfx.graph.facts import LayerFacts, analyze
+from apotfx.graph.passes import Prepared
+from apotfx.graph.tracing import graph_of
 
 
 class Net(nn.Module):
