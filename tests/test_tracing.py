@@ -13,7 +13,8 @@ from cycle_helpers import POLICY, call, calls, cycle, loaded, quantized, trained
 from torch import fx, nn
 
 from apotfx import ApotfxError, BitPolicy, Rule, load_integer, plan, quantize, summary, trace
-from apotfx.graph.tracing import bind, graph_of
+from apotfx.graph.network import graph_of
+from apotfx.graph.tracing import bind
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ class IntegerLayer(nn.Module):
 
     Attributes:
         name: in the network.
+        kind: what it is called as a float layer.
         input_levels, weight_levels: level sets; None for float.
         rectifier: the range that the input is clamped to before it is encoded; None for all numbers.
 
@@ -39,9 +40,10 @@ class IntegerLayer(nn.Module):
         input_clip: Tensor | None,
         bias: Tensor | None,
         rectifier: tuple[float, float] | None = None,
+        kind: str = "",
     ):
         super().__init__()
-        self.name = name
+        self.name, self.kind = name, kind
         self.geometry = geometry
         self.rectifier = rectifier
         self.weight_levels, self.input_levels = weight_levels, input_levels
