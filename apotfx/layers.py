@@ -5,7 +5,8 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,7 @@ class QuantLayer(nn.Module):
         clip_grad_factor: multiplies the gradients of both clips.
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
+        rectifies: whether it does that work; not while the network computes the activation function itself.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -152,6 +154,7 @@ class QuantLayer(nn.Module):
     kind: str
     name: str = "quantized layer"
     rectifier: tuple[float, float] | None = None
+    rectifies = True
     engine: Eager = EAGER
 
     @classmethod
@@ -231,13 +234,13 @@ class QuantLayer(nn.Module):
 
     def rectify(self, x: Tensor) -> Tensor:
         """x after the activation function that the layer has absorbed, if it has."""
-        return x if self.rectifier is None else x.clamp(*self.rectifier)
+        return x.clamp(*self.rectifier) if self.rectifier is not None and self.rectifies else x
 
     def _input_operand(self, x: Tensor) -> Operand:
         quantizer = self.input_quantizer
         if quantizer is None:
             return Operand(self.rectify(x), None, None, None)
-        return Operand(x, quantizer.clip, None, F.Levels(quantizer.table, quantizer.levels, self.rectifier))
+        return Operand(x, quantizer.clip, None, F.Levels(quantizer.table, quantizer.levels, self.rectifier if self.rectifies else None))
 
     def weight_operand(self, weight: Tensor) -> Operand:
         """The weight parameter (of a functional layer, the argument) as the operator takes it."""
@@ -357,3 +360,17 @@ def kind_of(layer: nn.Module) -> str:
     """What a layer that `float_type_of` knows computes."""
     float_type = float_type_of(layer)
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
+
+
+@contextmanager
+def computing_in_float(model: nn.Module) -> Iterator[None]:
+    """While active, the quantized layers of `model` are float layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
+    quantizers = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight_quantizer = layer.input_quantizer = None
+        yield
+    finally:
+        for layer, (weight_quantizer, input_quantizer) in zip(layers, quantizers):
+            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer

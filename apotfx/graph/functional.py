@@ -49,7 +49,7 @@ def functionalize(
         sources = {n for n in memory[target] if n.op in ("get_attr", "placeholder")}
         states = [n.target for n in sources if n.op == "get_attr" and n.target not in constants]
         if states:
-            return {owner(node): f"its forward changes {states[0]}, which tracing would do once"}
+            return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
         if sharing and any(n.op == "placeholder" for n in sources):
             return {owner(node): f"its forward writes to the input {min(n.name for n in sources)}, which it also reads"}
         if not sharing and not sources - {n for n in sources if n.op == "placeholder"}:

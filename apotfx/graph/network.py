@@ -1,7 +1,9 @@
 """A traced network: the user's module, and the graph of its forward over the same modules and parameters."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +13,7 @@ from apotfx.errors import ApotfxError
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
 from apotfx.graph.tracing import HOOKS, trace_graph
-from apotfx.modules import attribute
+from apotfx.modules import attribute, has_hooks
 from apotfx.reproducible import AttachedBatchNorm
 
 _RECORD = "_apotfx"
@@ -23,6 +25,7 @@ class Network(fx.GraphModule):
     Attributes:
         original: the module; what it holds, the network holds, and the other way round.
         meta: see `record_of`.
+        absorbed: the activation functions that layers have taken over, as (names of the layers, the call that it was).
     """
 
     def __init__(self, original: nn.Module, graph: fx.Graph, class_name: str):
@@ -32,7 +35,58 @@ class Network(fx.GraphModule):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
         vars(self).update({key: vars(original)[key] for key in shared}, original=original)
         vars(self).update({key: vars(original)[key].copy() for key in HOOKS})
+        vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None)
         self.graph = graph
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """As torch's; before the generated code runs, `_prepare` chooses it."""
+        code, cls = super().recompile(), type(self)
+        generated = cls.forward
+
+        @functools.wraps(generated)
+        def forward(self, *args, **kwargs):
+            if torch.compiler.is_compiling():
+                return generated(self, *args, **kwargs)
+            self._prepare(args, kwargs)
+            return (generated if self._absorbing else self._visible)(self, *args, **kwargs)
+
+        cls.forward = forward
+        return code
+
+    def _prepare(self, args: tuple, kwargs: dict) -> None:
+        absorbing = all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
+        if absorbing != self._absorbing:
+            vars(self)["_absorbing"] = absorbing
+            for _, _, module in self._watched:
+                if hasattr(module, "rectifies"):
+                    module.rectifies = absorbing
+        if not absorbing and self._visible is None:
+            vars(self)["_visible"] = _generate(self._with_activations())
+        if self.meta.get("unchecked") and self.training and torch.is_grad_enabled():
+            from apotfx.graph.selfcheck import require_same  # which needs networks
+
+            require_same(self, args, kwargs)
+
+    def watch(self) -> None:
+        """From now on compute absorbed activation functions where they were, whenever somebody looks at one or at its
+        layers (a hook) or has put another module in the place of one of them."""
+        paths = {path for takers, call in self.absorbed for path in (*takers, *[call[1]] * (call[0] == "call_module"))}
+        split = (path.rpartition(".") for path in sorted(paths))
+        vars(self)["_watched"] = [
+            (modules, key, modules[key]) for modules, key in ((self.get_submodule(p)._modules, k) for p, _, k in split)
+        ]
+
+    def _with_activations(self) -> fx.Graph:
+        graph = copy.deepcopy(self.graph)
+        calls = {node.target: node for node in graph.nodes if node.op == "call_module"}
+        for takers, (op, target, args, kwargs) in self.absorbed:
+            source = calls[takers[0]].all_input_nodes[0]
+            with graph.inserting_after(source):
+                given = fx.node.map_aggregate((args, kwargs), lambda a: source if a is Tensor else a)
+                activation = graph.create_node(op, target, *given)
+            for taker in takers:
+                calls[taker].replace_input_with(source, activation)
+        return graph
 
     def train(self, mode: bool = True) -> "Network":
         self.original.training = mode
@@ -41,20 +95,28 @@ class Network(fx.GraphModule):
     def __deepcopy__(self, memo: dict) -> "Network":
         network = Network(copy.deepcopy(self.original, memo), copy.deepcopy(self.graph), type(self).__name__)
         memo[id(self)] = network
-        network.training = self.training
-        own = vars(network).keys() - {"meta", *HOOKS}
+        own = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", *HOOKS}
         vars(network).update({key: copy.deepcopy(v, memo) for key, v in vars(self).items() if key not in own})
         return network
 
     def __reduce__(self) -> tuple:
         """Pickled as torch.fx does, by its code; with what that would lose."""
-        return _restore, (type(self).__name__, *super().__reduce__()[1])
+        state, imports = super().__reduce__()[1]
+        return _restore, (type(self).__name__, state | {"_visible": None}, imports)
+
+
+def _generate(graph: fx.Graph) -> Callable:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)
+    return namespace["forward"]
 
 
 def _restore(class_name: str, state: dict, imports: str) -> Network:
     graph = reduce_graph_module(dict(state), imports).graph
     network = Network(state["original"], graph, class_name)
-    vars(network).update({key: value for key, value in state.items() if key not in vars(network) or key == "meta"})
+    kept = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", *HOOKS}
+    vars(network).update({key: value for key, value in state.items() if key not in kept})
     return network
 
 
@@ -63,6 +125,7 @@ def trace(
     *,
     concrete_args: dict[str, object] | None = None,
     example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+    kept: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
     """`model` as a graph of what its forward does, in which no value changes; shares its parameters and modules.
 
@@ -79,6 +142,7 @@ def trace(
             arguments or a dict of keyword arguments. What depends on shapes, a branch or a loop, is then taken as it is
             for these, and other shapes are refused where it matters. Arguments that have a default and are not among
             them keep it.
+        kept: modules that are kept whole in any case, and why.
 
     Returns:
         A `Network`, or `model`. `record_of` says by module name why a module was kept whole ("" for the model itself).
@@ -92,16 +156,9 @@ def trace(
         norms_as_modules(graph, modules)
         return functionalize(graph, modules, constants)
 
-    return _trace(model, concrete_args or {}, example_inputs, refused)
-
-
-def _trace(model: nn.Module, concrete_args: dict, example_inputs: object, refused) -> nn.Module:
-    held = {*model._modules, *model._parameters, *model._buffers}
-    if reserved := held & RESERVED:
-        reason = f"its {min(reserved)} has a name that torch.fx keeps for itself"
-        vars(model)[_RECORD] = {"leaves": {"": reason}}
-        return model
-    traced = trace_graph(model, concrete_args, example_inputs, refused)
+    if reserved := {*model._modules, *model._parameters, *model._buffers} & RESERVED:
+        kept = {"": f"its {min(reserved)} has a name that torch.fx keeps for itself"}
+    traced = trace_graph(model, concrete_args or {}, example_inputs, kept, refused)
     if traced.graph is None:
         vars(model)[_RECORD] = {"leaves": traced.leaves}
         return model

@@ -14,8 +14,9 @@ from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
 from apotfx.layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
 from apotfx.graph.modularize import layers_as_modules
-from apotfx.graph.network import graph_of, record_of, require_traceable, trace
-from apotfx.graph.selfcheck import checked
+from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
+from apotfx.graph.selfcheck import difference
+from apotfx.graph.tracing import bind
 from apotfx.modules import attribute, has_hooks, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
@@ -43,6 +44,7 @@ class Prepared:
     Attributes:
         model: what `trace` returned, a Network or, if it could not be traced, the copy.
         copied: the copy itself, which also has what forward never calls.
+        unchecked: whether the traced network has yet to be compared with the float one.
     """
 
     def __init__(
@@ -53,12 +55,26 @@ class Prepared:
         self_check: bool = True,
     ):
         require_traceable(model)
-        self.copied = copy.deepcopy(model)
-        self._attention = split_attention(self.copied)
-        settings = {"concrete_args": concrete_args, "example_inputs": example_inputs}
-        self.model = trace(self.copied, **settings)
-        if self_check and example_inputs is not None:
-            self.model = checked(model, self.model, **settings)
+        kept: dict[str, str] = {}
+        self.unchecked = self_check
+        while True:
+            self.copied = copy.deepcopy(model)
+            self._attention = split_attention(self.copied)
+            self.model = trace(self.copied, concrete_args=concrete_args, example_inputs=example_inputs, kept=kept)
+            if not self_check or example_inputs is None or not isinstance(self.model, Network):
+                break
+            untouched = copy.deepcopy(model) if self._attention else None
+            try:
+                found = difference(self.model, *bind(example_inputs), untouched, concrete_args or {})
+            except ApotfxError:  # the examples, which stand for shapes only, are no inputs
+                break
+            self.unchecked = False
+            if found is None:
+                break
+            path, how = found
+            while path in kept:  # no module that is called
+                path = path.rpartition(".")[0]
+            kept[path] = f"traced, it would compute something else ({how})"
         layers_as_modules(self.model)
 
     def weight(self, name: str) -> Tensor:
@@ -97,6 +113,8 @@ class Prepared:
         for name, layer in layers.items():
             layer.rectifier = rectifiers.get(name)
         swap_layers(self.model, layers)
+        if isinstance(self.model, Network):
+            self.model.watch()
         return rectifiers
 
 
@@ -204,7 +222,7 @@ def quantize(
     layers = _quantized_layers(prepared, resolved)
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
-    record_of(qmodel).update(plan=resolved, unchecked=self_check and example_inputs is None)
+    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, concrete_args=dict(concrete_args or {}))
     return qmodel
 
 
@@ -286,6 +304,8 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
         (source,) = node.all_input_nodes
         if len(takers) == len(node.users) and unsigned - unsuited >= set(takers):
             node.replace_all_uses_with(source)
+            call = fx.node.map_arg((node.args, node.kwargs), lambda _: Tensor)
+            graph_module.absorbed.append((tuple(takers), (node.op, node.target, *call)))
             graph.erase_node(node)
             absorbed |= dict.fromkeys(takers, rectifier)
     return absorbed

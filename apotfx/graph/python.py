@@ -32,7 +32,8 @@ def known_type(proxy: fx.Proxy) -> type:
     Raises:
         Untraceable: nothing says it.
     """
-    found = proxy.tracer.type_of(proxy.node)
+    held = vars(proxy).get("tensor")
+    found = proxy.tracer.type_of(proxy.node) if held is None else type(held)
     if found is None:
         raise Untraceable(f"its forward asks for the type of {proxy.node.name}, which depends on what computes it")
     return found
@@ -45,7 +46,11 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return Tensor
+    if node.op == "call_function" and _says_tensor(node.target):
+        return Tensor
     if node.op == "call_module":
+        if _says_tensor(type(module).forward):
+            return Tensor
         several = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
         plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, several)
         return Tensor if plain and not getattr(module, "return_indices", False) else None
@@ -65,6 +70,10 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
     if getattr(node.target, "__module__", None) == "math":
         return int if name in ("floor", "ceil", "isqrt", "gcd") else float
     return Tensor if _returns_tensor(name) and Tensor in arguments else None
+
+
+def _says_tensor(function: Callable) -> bool:
+    return getattr(function, "__annotations__", {}).get("return") in (Tensor, "Tensor", "torch.Tensor")
 
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "not_", "is_", "contains"}

@@ -6,6 +6,7 @@ a function mode, questions of Python through `python.rebound`. What a stand-in c
 side effects, contexts) keeps the module whose code asks whole, as one node.
 """
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -31,9 +32,9 @@ from apotfx.attention import MultiheadAttention
 from apotfx.errors import ApotfxError
 from apotfx.graph.python import Untraceable, known_type, rebound, static_type
 from apotfx.layers import float_type_of
-from apotfx.modules import attribute, has_hooks
+from apotfx.modules import has_hooks
 
-OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__, "<")
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 HOOKS = tuple(key for key in vars(nn.Module()) if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
 # What may be asked of a parameter or a buffer: what does not depend on its values and does not change with `to`.
@@ -82,6 +83,7 @@ def trace_graph(
     model: nn.Module,
     concrete_args: Mapping[str, object],
     example_inputs: object,
+    kept: Mapping[str, str],
     refused: Callable[[fx.Graph, dict[str, nn.Module], Mapping[str, Tensor]], dict[str, str]],
 ) -> Traced:
     """Trace `model`; see `network.trace`.
@@ -89,10 +91,13 @@ def trace_graph(
     Args:
         concrete_args: arguments of forward that are fixed, by name.
         example_inputs: see `bind`; None without.
+        kept: modules that are kept whole in any case, and why.
         refused: of a graph, its modules and its constants, why modules must be kept whole all the same, by name; may
             edit the graph and add modules.
     """
-    kept: dict[str, str] = {}
+    kept = dict(kept)
+    if "" in kept:
+        return Traced(None, {"": kept[""]}, {})
     with _LOCK, torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         while True:
             tracers = []
@@ -140,7 +145,7 @@ def explain(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
     reason = " ".join(str(error).split()).partition(". ")[0][:200]
-    return reason if isinstance(error, Untraceable) else f"{place}{type(error).__name__}: {reason}"
+    return f"{place}{reason}" if isinstance(error, Untraceable) else f"{place}{type(error).__name__}: {reason}"
 
 
 def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]:
@@ -208,7 +213,8 @@ class _Tracer(fx.Tracer):
         self._kept, self._concrete_args = kept, concrete_args
         self._inputs = None if example_inputs is None else bind(example_inputs)
         self._shapes = None if example_inputs is None else _Shapes(self)
-        self._names = {id(tensor): name for name, tensor in _tensors(model)}
+        self.tensors = dict(_tensors(model))
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._written: set[int] = set()  # storages of constants that the graph writes to
         self._attributes: dict[str, fx.Node] = {}
         self._context, self._entered = _context(), 0
@@ -216,11 +222,12 @@ class _Tracer(fx.Tracer):
         known = (module for module in self.submodule_paths if isinstance(module, MultiheadAttention))
         self._layers = {*known, *(module for module in self.submodule_paths if float_type_of(module) is not None)}
         self._own: dict[nn.Module, dict[str, object]] = {}  # what tracing puts into the modules' instances
+        self._holders: dict[int, _Held] = {}
 
     def run(self) -> None:
         """Fill `graph`."""
         with self._calls_seen(), _Recording(self), self._pure(self.root):
-            forward = self._own[self.root]["forward"]
+            forward = self._forward
             args, kwargs = self._arguments(inspect.signature(forward))
             self.create_node("output", "output", (self.create_arg(forward(*args, **kwargs)),), {})
 
@@ -229,18 +236,41 @@ class _Tracer(fx.Tracer):
         """While active, calls of modules come to `call_module`, and the code of the user's runs as `rebound` copies."""
         memo: dict = {}
         for module in self.submodule_paths:
-            self._own[module] = _rebound_methods(module, memo)
+            methods = _rebound_methods(module, memo)
+            if module is self.root:
+                self._forward = methods["forward"]
+            methods["forward"] = self._seen(module, methods["forward"])
+            self._own[module] = methods | {key: self._held(tensor) for key, tensor in _own_tensors(module)}
         saved = {m: {k: v for k, v in vars(m).items() if k in own or k in HOOKS} for m, own in self._own.items()}
+        self._saved = saved
         try:
             for module, own in self._own.items():
                 vars(module).update(own | {key: OrderedDict() for key in HOOKS})
-                vars(module)["forward"] = self._seen(module, own["forward"])
             yield
         finally:
             for module, own in self._own.items():
                 for key in own:
                     vars(module).pop(key, None)
                 vars(module).update(saved[module])
+
+    @contextmanager
+    def out_of(self, module: nn.Module) -> Iterator[None]:
+        """While active, `module` and what is inside are as they were, but that hooks are not called."""
+        own = {m: self._own[m] for m in module.modules()}
+        try:
+            for m, names in own.items():
+                for key in names:
+                    vars(m).pop(key, None)
+                vars(m).update({k: v for k, v in self._saved[m].items() if k not in HOOKS})
+            yield
+        finally:
+            for m, names in own.items():
+                vars(m).update(names)
+
+    def _held(self, tensor: Tensor) -> "_Held":
+        if id(tensor) not in self._holders:
+            self._holders[id(tensor)] = _Held(self, tensor)
+        return self._holders[id(tensor)]
 
     def _seen(self, module: nn.Module, forward: Callable) -> Callable:
         return lambda *args, **kwargs: self.call_module(module, forward, args, kwargs)
@@ -307,7 +337,7 @@ class _Tracer(fx.Tracer):
         last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
         context, scope = _context(), self.scope
         try:
-            with self._pure(m):
+            with nullcontext() if self.is_leaf_module(m, self.submodule_paths[m]) else self._pure(m):
                 return super().call_module(m, forward, args, kwargs)
         except ApotfxError:
             raise
@@ -339,16 +369,19 @@ class _Tracer(fx.Tracer):
                 restore(state)
             raise Untraceable("its forward draws random numbers from Python or numpy, which tracing would do once")
         after = _state(module, own)
-        changed = [key for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
-        changed += [key for key, (held, copied) in contents.items() if not _same_items(held, copied)]
-        for key in changed:
+        overridden = [key for key, value in self._own[module].items() if vars(module).get(key) is not value]
+        vars(module).update(self._own[module])
+        changed = [f"its attribute {key}" for key in overridden]
+        changed += [f"its attribute {key}" for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
+        changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
+        for key in before.keys() ^ after.keys():
             vars(module).pop(key, None)
-        vars(module).update({key: before[key] for key in changed if key in before})
+        vars(module).update(before)
         for held, copied in contents.values():
             held.clear()
             held.extend(copied) if isinstance(held, list) else held.update(copied)
         if changed:
-            raise Untraceable(f"its forward sets its attribute {changed[0]}, which tracing would do once")
+            raise Untraceable(f"its forward changes {changed[0]}, which tracing would do once")
 
     def create_node(self, kind: str, *args, **kwargs) -> fx.Node:
         if _context() != self._context:
@@ -361,6 +394,8 @@ class _Tracer(fx.Tracer):
         """As torch's, which makes a plain dict of any other, such as an OrderedDict."""
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, nn.Module):
+            raise Untraceable(f"its forward passes the module {self.submodule_paths.get(a, type(a).__name__)} to a function")
         if isinstance(a, Tensor):
             if id(a) not in self._names:
                 self._names[id(a)] = name = f"_tensor_constant{len(self.constants)}"
@@ -383,6 +418,11 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
 
+    def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest, **more) -> fx.Proxy:
+        if target == "add_" and self._counts_batches(args[0]):
+            return args[0]  # batch norms count their batches, which matters to no result if they have a momentum
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
     def record(self, function: Callable, args: tuple, kwargs: dict) -> fx.Proxy:
         """Write down a call of torch."""
         name = getattr(function, "__name__", "")
@@ -394,15 +434,14 @@ class _Tracer(fx.Tracer):
             function, name = setitem, ""
         elif name.startswith("__") and hasattr(operator, name):
             function, name = getattr(operator, name), ""
-        if name == "add_" and self._counts_batches(args[0]):
-            return args[0]  # batch norms count their batches, which matters to no result if they have a momentum
+        args, kwargs = pytree.tree_map_only(_Held, lambda held: held.tensor, (args, kwargs))
         if (first := args[0] if args else None) is not None and isinstance(first, Tensor) and _writes(function):
             self._written.add(first.untyped_storage()._cdata)
         method = bool(name) and torch.overrides.is_tensor_method_or_property(function)
         return self.create_proxy("call_method" if method else "call_function", name if method else function, args, kwargs)
 
     def _counts_batches(self, x: object) -> bool:
-        path, _, key = self._names.get(id(x), "").rpartition(".")
+        path, _, key = self._names.get(id(vars(x).get("tensor")), "").rpartition(".")
         norm = self.modules.get(path)
         counts = key == "num_batches_tracked" and isinstance(norm, nn.modules.batchnorm._BatchNorm)
         return counts and norm.momentum is not None
@@ -464,7 +503,7 @@ class _Value(fx.Proxy):
         self._written_in_place(setitem, key, value)
 
     def _written_in_place(self, function: Callable, *operands: object) -> fx.Proxy:
-        if known_type(self) is not Tensor:  # Python makes a new number
+        if not issubclass(known_type(self), Tensor):  # Python makes a new number
             if function is setitem:
                 raise Untraceable(f"its forward sets items of {self.node.name}, which is no tensor")
             return getattr(operator, _IN_PLACE[function])(self, *operands)
@@ -485,6 +524,23 @@ class _Value(fx.Proxy):
 
 class _Attribute(_Value, fx.proxy.Attribute):
     pass
+
+
+class _Held(_Value):
+    """Stands for a parameter or a buffer, in the graph once it is used; answers what does not depend on its values."""
+
+    def __init__(self, tracer: _Tracer, tensor: Tensor):
+        vars(self).update(tracer=tracer, tensor=tensor)
+
+    @property
+    def node(self) -> fx.Node:
+        return self.tracer.create_arg(self.tensor)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tensor, name) if name in METADATA else super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
 
 
 _IN_PLACE = {
@@ -561,12 +617,17 @@ def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a model by name: plain attributes, buffers, parameters."""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{path}.{name}" if path else name, value
-    yield from model.named_buffers()
-    yield from model.named_parameters()
+    for path, module in reversed(list(model.named_modules())):
+        for key, value in _own_tensors(module):
+            yield f"{path}.{key}" if path else key, value
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    state = vars(module)
+    for held in (state, state["_parameters"], state["_buffers"]):
+        for key, value in held.items():
+            if isinstance(value, Tensor) and not isinstance(getattr(type(module), key, None), property):
+                yield key, value
 
 
 def _state(module: nn.Module, own: set[str]) -> dict[str, object]:
@@ -590,6 +651,13 @@ def _same_items(held: list | dict | set, copied: list | dict | set) -> bool:
         return False
     pairs = zip(held.values(), copied.values()) if isinstance(held, dict) else zip(held, copied)
     return all(_same(a, b) for a, b in pairs)
+
+
+def _changed_item(name: str, held: list | dict | set, copied: list | dict | set) -> str:
+    """What to call the item of a module's container `name` that changed: a buffer by its own name."""
+    if name not in ("_buffers", "_parameters", "_modules"):
+        return f"its attribute {name}"
+    return f"its {name[1:-1]} {next(key for key in {**copied, **held} if held.get(key) is not copied.get(key))}"
 
 
 def _random_state() -> tuple[object, list[tuple[Callable, object]]]:
@@ -634,11 +702,12 @@ class _Shapes:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if node.op == "get_attr":
             constant = self.tracer.constants.get(node.target)
-            return self._empty(attribute(self.tracer.root, node.target) if constant is None else constant)
+            return self._empty(self.tracer.tensors[node.target] if constant is None else constant)
         if node.op == "call_module":
-            module = self.tracer.root.get_submodule(node.target)
-            state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
-            return torch.func.functional_call(module, state, args, kwargs)
+            module = self.tracer.modules[node.target]
+            with self.tracer.out_of(module):
+                state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
+                return torch.func.functional_call(module, state, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
