@@ -5,7 +5,7 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -147,6 +147,7 @@ class QuantLayer(nn.Module):
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
         rectifies: whether it does that work; not while the network computes the activation function itself.
+        weight_is_read: whether code of a module kept whole reads the float weight besides calling the layer.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -155,6 +156,7 @@ class QuantLayer(nn.Module):
     name: str = "quantized layer"
     rectifier: tuple[float, float] | None = None
     rectifies = True
+    weight_is_read = False
     engine: Eager = EAGER
 
     @classmethod
@@ -184,14 +186,28 @@ class QuantLayer(nn.Module):
         return quant
 
     def __getattr__(self, name: str):
-        if name in ("weight", "bias"):
-            parametrizations = self._modules.get("parametrizations", ())
-            if name in parametrizations:
-                return parametrizations[name]()
-        return super().__getattr__(name)
+        if name == "weight" and (readers := vars(self).get("_readers")) is not None:
+            readers.add(self)
+        return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """The weight or the bias, as the layer itself reads it."""
+        if isinstance(self, FunctionalLayer):
+            return getattr(self, name)
+        parametrizations = self._modules.get("parametrizations", ())
+        return parametrizations[name]() if name in parametrizations else self._parameters[name]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._compute(input, self.weight, self.bias, self.geometry)
+        return self._compute(input, self._parameter("weight"), self._parameter("bias"), self.geometry)
+
+    def to_float(self) -> nn.Module:
+        """A float layer around the parameters, parametrizations, hooks and mode of this one."""
+        layer = self.float_type.__new__(self.float_type)
+        added = ("weight_quantizer", "input_quantizer")
+        state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
+        state["_modules"] = {key: module for key, module in self._modules.items() if key not in added}
+        layer.__dict__ = {key: value for key, value in state.items() if key not in (*added, *_ADDED)}
+        return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         if not input.is_floating_point():
@@ -310,7 +326,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 class _QuantTransposed(QuantLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
-        return self._compute(input, self.weight, self.bias, geometry)
+        return self._compute(input, self._parameter("weight"), self._parameter("bias"), geometry)
 
     def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
@@ -360,6 +376,23 @@ def kind_of(layer: nn.Module) -> str:
     """What a layer that `float_type_of` knows computes."""
     float_type = float_type_of(layer)
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
+
+
+_ADDED = ("name", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
+
+
+@contextmanager
+def outside_readers(layers: Iterable[QuantLayer]) -> Iterator[set[QuantLayer]]:
+    """While active, gathers those of `layers` whose weight other code than their own reads."""
+    readers: set[QuantLayer] = set()
+    layers = list(layers)
+    for layer in layers:
+        vars(layer)["_readers"] = readers
+    try:
+        yield readers
+    finally:
+        for layer in layers:
+            del vars(layer)["_readers"]
 
 
 @contextmanager

@@ -69,8 +69,12 @@ def require_same(network: nn.Module, args: tuple, kwargs: dict) -> None:
     """`difference`, once for a network. Raises: ApotfxError: there is one."""
     if not isinstance(network, Network) or not network.meta.get("unchecked"):
         return
-    network.meta["unchecked"] = False
-    found = difference(network, args, kwargs, fixed=network.meta["concrete_args"])
+    try:
+        network.meta["unchecked"] = False
+        found = difference(network, args, kwargs, fixed=network.meta["concrete_args"])
+    except ApotfxError:  # the inputs are none; the call that follows says why
+        network.meta["unchecked"] = True
+        return
     if found is not None:
         path, how = found
         raise ApotfxError(

@@ -360,28 +360,27 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _pure(self, module: nn.Module) -> Iterator[None]:
-        """Raises Untraceable if code that ran changed the module itself or drew random numbers, after undoing that."""
+        """Raises Untraceable if code that ran changed the module itself, which is undone, or drew random numbers."""
         own = {*self._own[module], *HOOKS, "training"}
         before, contents, drawn = _state(module, own), _contents(module, own), _random_state()
-        yield
-        if _random_state()[0] != drawn[0]:
-            for restore, state in drawn[1]:
-                restore(state)
-            raise Untraceable("its forward draws random numbers from Python or numpy, which tracing would do once")
-        after = _state(module, own)
-        overridden = [key for key, value in self._own[module].items() if vars(module).get(key) is not value]
-        vars(module).update(self._own[module])
-        changed = [f"its attribute {key}" for key in overridden]
-        changed += [f"its attribute {key}" for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
-        changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
-        for key in before.keys() ^ after.keys():
-            vars(module).pop(key, None)
-        vars(module).update(before)
-        for held, copied in contents.values():
-            held.clear()
-            held.extend(copied) if isinstance(held, list) else held.update(copied)
+        try:
+            yield
+        finally:
+            overridden = [key for key, value in self._own[module].items() if vars(module).get(key) is not value]
+            after = _state(module, own)
+            changed = [key for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
+            changed = [f"its attribute {key}" for key in overridden + changed]
+            changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
+            for key in after.keys() - before.keys():
+                del vars(module)[key]
+            vars(module).update(self._own[module] | before)
+            for held, copied in contents.values():
+                held.clear()
+                held.extend(copied) if isinstance(held, list) else held.update(copied)
         if changed:
             raise Untraceable(f"its forward changes {changed[0]}, which tracing would do once")
+        if _random_state() != drawn:
+            raise Untraceable("its forward draws random numbers from Python or numpy, which tracing would do once")
 
     def create_node(self, kind: str, *args, **kwargs) -> fx.Node:
         if _context() != self._context:
@@ -660,15 +659,11 @@ def _changed_item(name: str, held: list | dict | set, copied: list | dict | set)
     return f"its {name[1:-1]} {next(key for key in {**copied, **held} if held.get(key) is not copied.get(key))}"
 
 
-def _random_state() -> tuple[object, list[tuple[Callable, object]]]:
-    """(what can be compared, how to restore): of the generators that code may draw from behind torch's back."""
-    states = [(random.setstate, random.getstate()), (torch.set_rng_state, torch.get_rng_state())]
-    compared = [states[0][1], states[1][1].numpy().tobytes()]
-    if numpy := sys.modules.get("numpy"):
-        state = numpy.random.get_state()
-        states.append((numpy.random.set_state, state))
-        compared.append((state[1].tobytes(), *state[2:]))
-    return compared, states
+def _random_state() -> tuple:
+    """Of the generators that code may draw from behind torch's back."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy and numpy.random.get_state()
+    return random.getstate(), drawn and (drawn[1].tobytes(), *drawn[2:])
 
 
 class _Shapes:

@@ -176,14 +176,14 @@ class _Program:
         width = NARROW if bits <= NARROW else WIDE
         self.widths.add(width)
         if f"{name}_codes" not in self.arrays:
-            codes = pack_codes(layer.weight.cpu(), layer.weight_levels).tolist() + [0]  # code_at reads a byte more
+            codes = pack_codes(layer.levels.cpu(), layer.weight_levels).tolist() + [0]  # code_at reads a byte more
             self.arrays[f"{name}_codes"] = _array("uint8_t", f"{name}_codes", map(str, codes), ",")
         self._floats(f"{name}_scale", scale, step)
         if layer.bias is not None:
             self._floats(f"{name}_bias", layer.bias, step)
         weight, inputs = layer.weight_levels, layer.input_levels
         self.weight_sets[weight] = self.input_sets[inputs] = None
-        shape = " x ".join(map(str, layer.weight.shape))
+        shape = " x ".join(map(str, layer.levels.shape))
         self.layers.append(
             f"/* {shape}; weight {_describe(weight)}; input {_describe(inputs)};\n"
             f"   accumulators from {low} to {high}: {bits} bits */\n"
@@ -202,7 +202,7 @@ class _Program:
 
     def _layer_window(self, step: Operation) -> tuple[str, int]:
         """(the window of a layer in C, its groups)"""
-        geometry, kernel = step.module.geometry, step.module.weight.shape[2:]
+        geometry, kernel = step.module.geometry, step.module.levels.shape[2:]
         shape_x, shape_y = (self.shapes[node] for node in (step.inputs[0], step.node))
         stride = padding = dilation = (1, 1)
         groups = 1

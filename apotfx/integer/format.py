@@ -23,6 +23,7 @@ from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.graph import describe_graph
 from apotfx.integer.manifest import (
     CODES,
+    FLOAT_WEIGHT,
     FORMAT,
     MANIFEST,
     VERSION,
@@ -130,6 +131,8 @@ def _float_state(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, 
     for name, layer in layers.items():
         if layer.weight_quantizer is None:
             state[f"{name}.weight"] = layer.geometry.operator.from_parameter(layer.weight)
+        elif layer.weight_is_read:
+            state[f"{name}.{FLOAT_WEIGHT}"] = layer.weight
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
     return state

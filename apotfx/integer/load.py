@@ -17,7 +17,7 @@ from apotfx.integer.format import (
 )
 from apotfx.integer.graph import describe_graph, layer_type, require_same_graph
 from apotfx.integer.layers import Affine, IntegerLayer
-from apotfx.integer.manifest import WEIGHTS, level_set_of
+from apotfx.integer.manifest import FLOAT_WEIGHT, WEIGHTS, level_set_of
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.modules import has_hooks
@@ -155,7 +155,7 @@ def _integer_layer(
     integer_layer = IntegerLayer(
         name=name,
         geometry=Geometry.of(layer),
-        weight=torch.empty_like(float_weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
+        levels=torch.empty_like(float_weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
         weight_levels=None if weight is None else level_set_of(weight),
         weight_scale=torch.tensor([1.0] if weight is None else weight["scale"]).reshape(scale_shape),
         input_levels=None if inputs is None else level_set_of(inputs),
@@ -163,6 +163,7 @@ def _integer_layer(
         bias=tensors.get(f"{name}.bias"),
         kind=layer_type(layer),
     ).to(float_weight.device)
+    integer_layer.stand_in_for(layer, tensors.get(f"{name}.{FLOAT_WEIGHT}"))
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for suffix in ("", "_with_kwargs"):
             vars(integer_layer)[hooks + suffix] = vars(layer)[hooks + suffix].copy()

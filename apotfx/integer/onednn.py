@@ -52,7 +52,7 @@ def _takes_bytes(module: nn.Module | None) -> bool:
     if isinstance(operator, TransposedConvolution) or module.geometry.dims not in (0, 2):
         return False
     # With a zero point the sums are of bytes, not of levels.
-    bound = 255 * module.weight.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
+    bound = 255 * module.levels.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
     return (
         kernels.fits_byte(module.input_levels)
         and kernels.fits_byte(module.weight_levels)
@@ -81,7 +81,7 @@ class ByteLayer(nn.Module):
     def __init__(self, layer: IntegerLayer):
         super().__init__()
         self.layer = layer
-        self.sign = torch.ones(len(layer.weight), dtype=torch.int8)
+        self.sign = torch.ones(len(layer.levels), dtype=torch.int8)
         self.zero_point = 128 if layer.input_levels.signed else 0
         self.packed: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
 
@@ -113,7 +113,7 @@ class ByteLayer(nn.Module):
         return lambda codes: operator.forward(codes.float(), weight).mul_(scale)
 
     def _signed_weight(self) -> Tensor:
-        return self.layer.weight * self.sign.view(-1, *(1 for _ in self.layer.weight.shape[1:]))
+        return self.layer.levels * self.sign.view(-1, *(1 for _ in self.layer.levels.shape[1:]))
 
     def accumulators(self, codes: Tensor) -> Tensor:
         """The accumulators of an input of bytes, rounded to float32."""

@@ -385,6 +385,6 @@ def _integer_layers(network: fx.GraphModule) -> list[IntegerLayer]:
 
 
 def _accumulators(layer: IntegerLayer, observed: tuple[int, int] | None) -> LayerAccumulators:
-    bound = accumulator_bound(layer.weight.shape, layer.weight_levels.max, layer.input_levels.max)
-    products = layer.weight.shape[1:].numel()
+    bound = accumulator_bound(layer.levels.shape, layer.weight_levels.max, layer.input_levels.max)
+    products = layer.levels.shape[1:].numel()
     return LayerAccumulators(layer.name, products, (-bound, bound), layer.accumulator_range, observed)
