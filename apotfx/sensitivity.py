@@ -177,6 +177,7 @@ def _float_network(model: nn.Module) -> tuple[nn.Module, list[_Layer]]:
         if isinstance(module, FunctionalLayer):
             module._weight = functools.partial(getattr, layer.weight, "value")
         else:
+            module._modules.pop("parametrizations", None)
             module._parameters["weight"] = layer.weight.value
         module.weight_quantizer = module.input_quantizer = None
         module.train()  # computes in the network's own precision; evaluation would take float64

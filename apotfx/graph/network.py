@@ -13,6 +13,7 @@ from apotfx.errors import ApotfxError
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
 from apotfx.graph.tracing import HOOKS, trace_graph
+from apotfx.layers import FunctionalLayer
 from apotfx.modules import attribute, has_hooks
 from apotfx.reproducible import AttachedBatchNorm
 
@@ -182,7 +183,7 @@ def record_of(model: nn.Module) -> dict:
 
     "leaves" says by module name why a module was kept whole. Empty for any other module.
     """
-    return model.meta if isinstance(model, Network) else vars(model).get(_RECORD, {})
+    return model.meta if isinstance(model, Network) else getattr(model, "__dict__", {}).get(_RECORD, {})
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
@@ -191,12 +192,15 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
 
 def reached_state(model: nn.Module) -> dict[str, Tensor]:
-    """By state-dict name, the tensors that a network computes with, apart from the weights of functional layers."""
+    """By state-dict name, the tensors that a network computes with, apart from the weights of quantized functional layers."""
     state = dict(model.state_dict(keep_vars=True))
     if not isinstance(model, Network):
         return state
     read = {node.target for node in model.graph.nodes if node.op == "get_attr"}
     called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    for layer in map(model.get_submodule, sorted(called)):
+        if type(layer) is FunctionalLayer:
+            read |= {path for made in (layer._weight, layer._bias) if made is not None for path in made.sources}
     norms = {name.rpartition(".")[0] for name in called if isinstance(model.get_submodule(name), AttachedBatchNorm)}
     found = {}
     for name in state:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import Network
+from apotfx.graph.tracing import HOOKS
 from apotfx.layers import computing_in_float
 
 NOISE = 1e-3  # of a result's root mean square: float rounding stays below, another network does not
@@ -163,14 +164,19 @@ def _where(
 
 @contextmanager
 def _restored(*models: nn.Module | None) -> Iterator[None]:
-    """Puts back the buffers and the modes of `models`."""
+    """Without the hooks of `models`; puts them, the buffers and the modes back."""
     modules = [m for model in models if model is not None for m in model.modules()]
     buffers = [(m._buffers, key, b, b.clone()) for m in modules for key, b in m._buffers.items() if b is not None]
     modes = [(m, m.training) for model in models if model is not None for m in (model, *model.modules())]
     modes += [(model.original, model.original.training) for model in models if isinstance(model, Network)]
+    hooks = [(vars(m), key, vars(m)[key]) for m in modules for key in HOOKS if vars(m).get(key)]
     try:
+        for state, key, held in hooks:
+            state[key] = type(held)()
         yield
     finally:
+        for state, key, held in hooks:
+            state[key] = held
         for held, key, buffer, value in buffers:
             held[key] = buffer.copy_(value)
         for module, training in modes:
