@@ -72,7 +72,8 @@ WRITING = {
     "ReLU": (nn.ReLU(True), (x,)), "ReLU-off": (nn.ReLU(), (x,)), "SiLU": (nn.SiLU(inplace=True), (x,)),
     "Dropout": (nn.Dropout(inplace=True), (x,)), "Threshold": (nn.Threshold(1, 0, True), (x,)),
     "add": (operator.add, (x, y)), "sort": ("sort", (x,)), "requires_grad_": ("requires_grad_", (x, False)),
-    "new": ("new_zeros", (x, 3)), "dunder": ("__add__", (x, y)), "getitem": (operator.getitem, (x, 0)),
+    "invert": (operator.invert, (x > 1,)), "index": (torch.index_select, (x, 0, torch.tensor([0]))),
+    "ior": (operator.ior, (x > 1, y > 1)), "new": ("new_zeros", (x, 3)), "dunder": ("__add__", (x, y)), "getitem": (operator.getitem, (x, 0)),
 }  # fmt: skip
 
 
