@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from .attention import PROJECTIONS, obstacle, split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
-from .graph.modularize import functional_arguments, without_arguments
 from .modules import attribute
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
-from .graph.tracing import bind, graph_of
+from .graph.network import reached_state, record_of
+from .graph.tracing import bind
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def summary(qmodel: nn.Module, inputs: Tensor | Sequence | Mapping[str, object] 
     Raises:
         ApotfxError: `qmodel` does not come from `quantize`; `inputs` is something else.
     """
-    plan = getattr(qmodel, "meta", {}).get("plan")
+    plan = record_of(qmodel).get("plan")
     if plan is None:
         raise ApotfxError("summary: the model has no plan; pass what apotfx.quantize returned")
     if not isinstance(inputs, (Tensor, Sequence, Mapping, type(None))) or isinstance(inputs, str):
@@ -166,8 +166,7 @@ def _count_macs(model: nn.Module, inputs: Tensor | Sequence | Mapping[str, objec
 
     def counting(name: str):
         def count(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            given = dict(zip(("input", "weight"), args)) | kwargs
-            weight = given["weight"] if isinstance(layer, FunctionalLayer) else layer.weight
+            given, weight = dict(zip(("input",), args)) | kwargs, layer.weight
             # weight[0] is what one output element reads, or, transposed, what one input element adds to.
             elements = given["input"] if getattr(layer, "transposed", False) else output
             macs[name] += elements.numel() * weight[0].numel()
@@ -222,16 +221,13 @@ class LayerTensors(NamedTuple):
 
 def _layer_tensors(qmodel: nn.Module, names: list[str]) -> dict[str, LayerTensors]:
     modules, parameters = dict(qmodel.named_modules()), dict(qmodel.named_parameters())
-    functional = functional_arguments(qmodel)
-    calls = {node.target: node for node in graph_of(qmodel).nodes if node.op == "call_module"}
     found = {}
     for name in names:
         layer, (parent, _, key) = modules.get(name), name.rpartition(".")
-        if name in functional:
-            made_of = [[attribute(qmodel, path) for path in _constants(node)] for node in calls[name].args[1:]]
-            sources = LayerTensors.of(*(*made_of, [])[:2])
-            weight, bias = functional[name]
-            found[name] = sources._replace(weight=weight.numel(), bias=0 if bias is None else bias.numel())
+        if isinstance(layer, FunctionalLayer):
+            sources = LayerTensors.of(*([] if made is None else made.tensors for made in (layer._weight, layer._bias)))
+            bias = layer.bias
+            found[name] = sources._replace(weight=layer.weight.numel(), bias=0 if bias is None else bias.numel())
         elif layer is not None:
             own = [(k, p) for k, p in layer.named_parameters() if "." not in k or k.startswith("parametrizations.")]
             sources = LayerTensors.of(*([p for k, p in own if ("bias" in k) == is_bias] for is_bias in (False, True)))
@@ -250,13 +246,6 @@ def _layer_tensors(qmodel: nn.Module, names: list[str]) -> dict[str, LayerTensor
         else:
             found[name] = LayerTensors.of([parameters.get(name)], [])
     return found
-
-
-def _constants(node: fx.Node) -> set[str]:
-    """The paths of the tensors of the network that a constant node is computed from."""
-    if node.op == "get_attr":
-        return {node.target}
-    return set().union(*(_constants(source) for source in node.all_input_nodes))
 
 
 def _row(
@@ -306,7 +295,5 @@ def _totals(qmodel: nn.Module, rows: list[LayerSummary], tensors: dict[str, Laye
 
 def _read_in_float(qmodel: nn.Module, quantized: Iterable[str]) -> set[int]:
     """The ids of the parameters that are more than the weights of the layers `quantized`."""
-    functional = {name for name in quantized if isinstance(qmodel.get_submodule(name), FunctionalLayer)}
-    rest = without_arguments(qmodel, functional)
-    others = (m for name, m in rest.named_modules() if name.split(".parametrizations.")[0] not in quantized)
-    return {id(p) for module in others for p in module.parameters(recurse=False)}
+    read = {id(tensor) for name, tensor in reached_state(qmodel).items() if name.rpartition(".")[0] not in quantized}
+    return read & {id(p) for p in qmodel.parameters()}

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations, prune
 
 from apotfx.graph.facts import LayerFacts, analyze
 from apotfx.graph.passes import Prepared
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.network import graph_of
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from apotfx import (
 )
 from apotfx.layers import QuantConv2d, QuantLayer, QuantLinear
 from apotfx.graph.passes import swap_layers
-from apotfx.graph.tracing import trace
+from apotfx.graph.network import trace
 
 POLICY = BitPolicy((Rule(),))
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import apotfx
 from apotfx.layers import QuantLayer
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.network import graph_of
 
 CHANNELS = 4  # of every block's input and output, so that blocks fit together in any order
 

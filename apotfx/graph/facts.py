@@ -11,6 +11,7 @@ from apotfx.layers import FunctionalLayer, float_type_of, kind_of
 from apotfx.modules import has_hooks
 from apotfx.reproducible import Average
 from apotfx.graph.tracing import ByMode
+from apotfx.graph.operations import torch_name
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
@@ -390,9 +391,6 @@ def non_negative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[f
     facts: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         facts[node] = _is_non_negative(node, modules, facts)
-        # What works in place also changes what later readers of its first operand see.
-        if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            facts[node.args[0]] &= facts[node]
     return facts
 
 
@@ -465,14 +463,3 @@ def is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:
     return facts[x] if isinstance(x, fx.Node) else isinstance(x, (int, float)) and x >= 0
-
-
-def torch_name(node: fx.Node) -> str | None:
-    """The name of the torch function or tensor method that a node calls; None for anything else."""
-    if node.op == "call_method":
-        return node.target
-    if node.op != "call_function":
-        return None
-    origin = getattr(node.target, "__module__", None) or "torch"
-    is_torch = origin.split(".")[0] in ("torch", "torchvision", "_operator", "apotfx")
-    return node.target.__name__.removeprefix("boolean_dispatch_") if is_torch else None

@@ -20,8 +20,9 @@ class IntegerLayer(nn.Module):
 
     Attributes:
         name: in the network.
+        kind: what it is called as a float layer.
         input_levels, weight_levels: level sets; None for float.
-        rectifier: the range that the input is clamped to before it is encoded; None for all numbers.
+        rectifier, rectifies: as of `QuantLayer`.
 
     Buffers: `weight` (levels in the smallest integer type that holds them, or float, [C_out, ...]); `weight_scale`
     ([] or [C_out, 1, ...]); `input_clip` ([]; None for a float input); `bias` ([C_out]; None without); `scale`, from
@@ -39,11 +40,12 @@ class IntegerLayer(nn.Module):
         input_clip: Tensor | None,
         bias: Tensor | None,
         rectifier: tuple[float, float] | None = None,
+        kind: str = "",
     ):
         super().__init__()
-        self.name = name
+        self.name, self.kind = name, kind
         self.geometry = geometry
-        self.rectifier = rectifier
+        self.rectifier, self.rectifies = rectifier, True
         self.weight_levels, self.input_levels = weight_levels, input_levels
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
@@ -63,7 +65,7 @@ class IntegerLayer(nn.Module):
     @property
     def encoding(self) -> F.Levels:
         """How the input is encoded."""
-        return F.Levels(self.table, self.input_levels, self.rectifier)
+        return F.Levels(self.table, self.input_levels, self.rectifier if self.rectifies else None)
 
     def _accumulator_range(self) -> tuple[int, int]:
         """The smallest and the largest value that any input can bring an accumulator to, partial sums included."""
