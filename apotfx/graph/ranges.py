@@ -19,6 +19,7 @@ INF = math.inf
 # Where functions are what their names say; torch.masked, torch.sparse and others have namesakes.
 ORIGINS = ("torch.functional", "torch.nn.functional", "torch._C", "torch._ops.", "torch.nn.utils.rnn", "_operator",
            "torchvision.ops.", "apotfx.")  # fmt: skip
+MATH = {"sqrt", "exp", "log", "log2", "log10", "log1p", "pow", "floor", "ceil", "prod", "sinh", "cosh", "tanh"}
 
 
 class Interval(NamedTuple):
@@ -167,10 +168,12 @@ class Call:
         function = self.node.target if self.module is None else self.module.forward
         if self.node.op == "call_method":
             function = getattr(Tensor, self.node.target)
+        elif function.__module__ == "math":
+            number, function = function, lambda x, *args: torch.stack([x.new_tensor(number(v, *args)) for v in x.tolist()])
         x = torch.tensor(points, dtype=torch.float64, device="cpu")
         try:
             y, near = (function(t, *args, **kwargs) for t in (x.clone(), x.clamp(-1e30, 1e30)))
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, ArithmeticError):
             return None
         # At infinity many functions have infinity times 0.
         y = torch.where(y.isnan(), torch.where(near.abs() > 1e15, near * INF, near), y)
@@ -192,7 +195,7 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
         return f".{node.args[1]}"
     origin, name = getattr(node.target, "__module__", None) or "torch", torch_name(node)
     if node.op == "call_function" and not origin.startswith(ORIGINS) and origin != "torch":
-        return None
+        return node.target.__name__ if origin == "math" and node.target.__name__ in MATH else None
     if name == "__rand__":  # not torch.rand
         return "and"
     return None if name is None else undecorated(name).removeprefix("special_").replace("_", "").lower()
@@ -394,6 +397,12 @@ def _where(call: Call) -> Interval:
 def _filled(position: int) -> Rule:
     """Of a value that the type of the tensor may make an integer or a bool."""
     return lambda call: hull(call.range(position, "fill_value", "value", "src"), UNIT)
+
+
+def _seen(call: Call) -> Interval:
+    """Of a tensor after a write to memory that it may lie in; see `functional.see`."""
+    x, written, stored = call.node.args
+    return call.of(stored.args[1]) if x is written else call.of((x, stored))
 
 
 def _repeat_interleave(call: Call) -> Interval:
@@ -729,7 +738,8 @@ RULES = _table(
     ("where", _where), ("repeat_interleave", _repeat_interleave),
     ("masked_fill masked_scatter", _hull_of((0,), (2, "value", "source"))), ("put", _index_put),
     ("index_fill index_copy", _hull_of((0,), (3, "value", "source"))), ("fill_diagonal", _hull_of((0,), (1,))),
-    ("embedding", _hull_of((1, "weight"))), ("scatter", _scatter), ("index_put", _index_put),
+    ("embedding", _hull_of((1, "weight"))), ("setitem", _hull_of((0,), (2, "value"))), ("store", _hull_of((0,), (1,))),
+    ("see", _seen), ("scatter", _scatter), ("index_put", _index_put),
     ("scatter_add index_add", _index_add), ("scatter_reduce index_reduce", _scatter_reduce),
     ("add radd", _sum()), ("sub subtract", _sum(-1.0)), ("rsub", _sum(-1.0, swapped=True)),
     ("mul multiply rmul", _product), ("div divide true_divide truediv floor_divide floordiv", _quotient()),
