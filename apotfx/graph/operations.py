@@ -90,7 +90,7 @@ def returns_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if name is None or name in NOT_FRESH or name.startswith("_") and not name.startswith("__"):
         return False
     if node.op == "call_function" and inspect.isfunction(node.target):
-        return node.target.__module__.startswith("torch.") and name in FRESH_FUNCTIONS and not _returns_several(node)
+        return node.target.__module__ in ("torch.functional", "torch.nn.functional") and name in FRESH_FUNCTIONS and not _returns_several(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return _is_fresh_schema(node.target._schema)
     schemas = [s for s in _schemas(_operator_name(name)) if _takes(s, node)]
@@ -127,7 +127,8 @@ def _is_in_place(node: fx.Node, name: str | None) -> bool:
 @functools.cache
 def _in_place_operators() -> frozenset[str]:
     """The names in the module operator of `+=`, `*=`, ..."""
-    return frozenset(name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__"))
+    names = {name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")}
+    return frozenset(name for name in names if hasattr(operator, f"__{name[1:]}__"))  # not of invert and index
 
 
 def _inplace_argument(node: fx.Node) -> bool:
@@ -167,11 +168,15 @@ def _parameters(node: fx.Node) -> list[tuple[str, object]]:
         return [(a.name, a.default_value) for a in schemas[0].arguments] if schemas else []
 
 
+def undecorated(name: str) -> str:
+    """ "add" for "__iadd__", "iadd", "__add__" and "add"."""
+    name = name.removeprefix("__").removesuffix("__") if name.endswith("__") else name
+    return name[1:] if name in _in_place_operators() else name
+
+
 def _operator_name(name: str) -> str:
     """The name in aten of the function of the module operator, or of the method, `name`."""
-    name = name.removeprefix("__").removesuffix("__") if name.endswith("__") else name
-    if name in _in_place_operators():
-        return name[1:]
+    name = undecorated(name)
     return {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "invert": "bitwise_not",
             "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "radd": "add", "rmul": "mul",
             "rsub": "sub", "rtruediv": "div", "rpow": "pow", "pos": "positive"}.get(name, name)  # fmt: skip

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from apotfx.graph.facts import IN_PLACE_OPERATORS, rectified_range, torch_name
+from apotfx.graph.facts import rectified_range, torch_name
+from apotfx.graph.operations import writes
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.layers import float_type_of, kind_of
@@ -54,9 +55,7 @@ class Operation:
     @property
     def in_place(self) -> bool:
         """Whether it overwrites the first of its inputs."""
-        name = torch_name(self.node) or ""
-        overwrites = getattr(self.module, "inplace", False) or self.node.kwargs.get("inplace", False)
-        return bool(self.inputs) and (bool(overwrites) or name in IN_PLACE_OPERATORS or name.endswith("_"))
+        return bool(writes(self.node, {self.node.target: self.module}))
 
 
 def operations(network: fx.GraphModule) -> list[Operation]:
