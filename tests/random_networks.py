@@ -17,6 +17,7 @@ import random
 import re
 import string
 import sys
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,9 @@ from network_examination import APOTFX, COPIES, Library, Verdict, check
 from network_statements import DOMAINS, HEADER, KINDS, OUTPUTS, SAME, SIGNATURES, VIEW_INIT, WRITES
 from torch import nn
 
-PLACES = ("inline", "inline", "inline", "method", "function", "submodule", "submodule")
+# Where a statement stands. A leaf is a submodule that looks at values first, which no tracing enters.
+PLACES = ("inline", "inline", "inline", "method", "function", "submodule", "submodule", "twice", "leaf")
+LEAF = ["if x.abs().amax() > 1e9:", "    return y, x, z, u"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,11 @@ class Program:
                 inits += s.init.splitlines()
                 continue
             body.append("return x, y, z, u")
-            if s.place == "submodule":
+            if s.place in ("submodule", "twice", "leaf"):
+                body = [*LEAF, *body] if s.place == "leaf" else body
                 outside += self._module(f"Part{i}", s.init.splitlines(), [("forward", "x, y, z, u", body)])
                 inits.append(f"self.part{i} = Part{i}()")
-                lines.append(f"x, y, z, u = self.part{i}(x, y, z, u)")
+                lines += [f"x, y, z, u = self.part{i}(x, y, z, u)"] * (2 if s.place == "twice" else 1)
             else:
                 inits += s.init.splitlines()
                 if s.place == "method":
@@ -103,17 +107,18 @@ class Program:
 
     def build(self) -> nn.Module:
         """The network in evaluation mode; `inspect` finds its source."""
-        source, file = f"{HEADER}\n\n{self.source()}", f"random_network_{self.seed}.py"
+        source, file = f"{HEADER}\n\n{self.source()}", f"random_network_{zlib.crc32(self.source().encode()):08x}.py"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         names = {"__name__": "random_network"}
         exec(compile(source, file, "exec"), names)
         torch.manual_seed(self.seed)
         return names["Net"]().eval()
 
-    def inputs(self, batch: int) -> object:
+    def inputs(self, batch: int, channels_last: bool = False) -> object:
         """A batch as `calibrate` takes it: a tensor, positional arguments or keyword arguments."""
         generator = torch.Generator().manual_seed(self.seed + batch)
         x = torch.randn(batch, *DOMAINS[self.domain].shape, generator=generator)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
         mask = torch.rand(batch, *DOMAINS[self.domain].shape, generator=generator)
         return {
             "plain": x,
@@ -165,7 +170,7 @@ def programs_of_one_kind() -> dict[str, list[Program]]:
     programs: dict[str, list[Program]] = {}
     for name, kind in KINDS.items():
         for seed, domain in enumerate(kind.domains):
-            for place in ("inline", "submodule"):
+            for place in ("inline", "submodule", "leaf"):
                 line = statement(random.Random(f"{name} {place}"), name, domain, 0, place)
                 programs.setdefault(name, []).append(Program(seed, domain, (line,), with_example=place == "submodule"))
     for name in SIGNATURES:
