@@ -286,7 +286,7 @@ def use_engine(model: nn.Module, name: str = "auto") -> Choice:
     """Let the engine that `choose(name)` gives compute all quantized layers of `model`; returns it."""
     choice = choose(name, next((p.device for p in model.parameters()), "cpu"))
     for module in model.modules():
-        if hasattr(module, "engine"):
+        if isinstance(getattr(type(module), "engine", None), Eager):  # a quantized layer, whose default that is
             module.engine = choice.engine
     return choice
 

@@ -33,7 +33,7 @@ def functionalize(
     position: dict[fx.Node, float] = {node: i for i, node in enumerate(graph.nodes)}
 
     def readers(value: fx.Node, write: fx.Node) -> list[fx.Node]:
-        return [u for u in value.users if position[u] > position[write] and not _asks_for_metadata(u)]
+        return [u for u in value.users if position[u] > position[write] and not asks_for_metadata(u)]
 
     for node in list(graph.nodes):
         memory[node] = {node}
@@ -99,5 +99,5 @@ def see(x: object, written: Tensor, stored: Tensor) -> object:
     return stored.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
-def _asks_for_metadata(node: fx.Node) -> bool:
+def asks_for_metadata(node: fx.Node) -> bool:
     return (node.args[1] if node.target is getattr else torch_name(node)) in METADATA

@@ -39,6 +39,7 @@ from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
+from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
 
 MAX_HEADER_BYTES = 10**8  # of safetensors
@@ -60,7 +61,6 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers or not record_of(qmodel):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
-    _require_unread(qmodel, layers)
     batch_norms = describe_batch_norms(qmodel)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     _require_finite(layers, batch_norms)
@@ -90,18 +90,14 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     return path
 
 
-def _require_unread(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> None:
-    """Raises: ApotfxError: the network reads the values of a quantized layer's weight, of which an export has the levels."""
+def _read_in_float(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> set[str]:
+    """The names of those of `layers` whose float weight something else reads: the graph, or a module kept whole."""
+    read = {name for name, layer in layers.items() if layer.weight_is_read}
     for node in graph_of(qmodel).nodes:
         name, _, key = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
         if name in layers and key == "weight":
-            for user in node.users:
-                asks = user.target is getattr and user.args[1] in ("dtype", "device", "shape", "ndim")
-                if not asks and user.target not in ("size", "dim", "numel", "is_floating_point"):
-                    raise ApotfxError(
-                        f"export: {node.target} is also read by {user.name}, an export holds its levels only; leave layer "
-                        f"{name} in float (scheme: float)"
-                    )
+            read |= {name for user in node.users if not asks_for_metadata(user)}
+    return read
 
 
 def _require_finite(layers: dict[str, QuantLayer], batch_norms: dict[str, dict]) -> None:
@@ -127,11 +123,11 @@ def _as_json(metadata: dict) -> dict:
 
 def _float_state(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
     """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
-    state = state_outside(qmodel, layers)
+    state, read = state_outside(qmodel, layers), _read_in_float(qmodel, layers)
     for name, layer in layers.items():
         if layer.weight_quantizer is None:
             state[f"{name}.weight"] = layer.geometry.operator.from_parameter(layer.weight)
-        elif layer.weight_is_read:
+        elif name in read:
             state[f"{name}.{FLOAT_WEIGHT}"] = layer.weight
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
