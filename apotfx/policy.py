@@ -369,6 +369,18 @@ class Plan:
     def __str__(self) -> str:
         return tabulate(self.rows(), self.HEADERS)
 
+    def left_in_float(self, reasons: Mapping[str, str]) -> "Plan":
+        """The same plan with some layers in float after all, and why, by name."""
+        return Plan(
+            tuple(
+                dataclasses.replace(
+                    layer, rule=None, weight=None, input=None, reason=f"float: {reasons[layer.facts.name]}",
+                    facts=dataclasses.replace(layer.facts, obstacle=reasons[layer.facts.name]),
+                ) if layer.facts.name in reasons else layer
+                for layer in self.layers
+            )
+        )  # fmt: skip
+
     def with_observed(self, ranges: Mapping[str, tuple[float, float]]) -> "Plan":
         """The same plan with what the data says of the inputs of some layers, (least, largest) value by name.
 

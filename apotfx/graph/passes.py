@@ -1,14 +1,15 @@
 """Trace, plan and swap."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from apotfx import reproducible
-from apotfx.graph.facts import analyze, rectified_range, torch_name
+from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
 from apotfx.attention import split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
@@ -126,6 +127,7 @@ def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared,
     _require_float(model)
     prepared = Prepared(model, **settings)
     layers = analyze(prepared.model, graph_of(prepared.model), prepared.leaves)
+    layers = _alike_where_shared(layers, prepared.model)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(
@@ -136,6 +138,28 @@ def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared,
         if planned.quantized and planned.rule.max_accumulator_bits is not None:
             _require_accumulator(planned, prepared.weight(planned.facts.name).shape)
     return prepared, resolved
+
+
+def _alike_where_shared(layers: list[LayerFacts], model: nn.Module) -> list[LayerFacts]:
+    """Layers that share their weight stand where any of them does, so that rules by position give all the same."""
+    modules, groups = dict(model.named_modules()), defaultdict(list)
+    for facts in layers:
+        if facts.obstacle is None:
+            weight = modules[facts.name].weight
+            groups[weight if isinstance(weight, nn.Parameter) else facts.name].append(facts)
+    merged = {}
+    for group in (group for group in groups.values() if len(group) > 1):
+        names = ", ".join(facts.name for facts in group)
+        first, last, normed = (
+            any(facts.is_first for facts in group), any(facts.is_last for facts in group),
+            all(facts.feeds_batch_norm for facts in group),
+        )  # fmt: skip
+        for facts in group:
+            reason = f"{facts.position_reason}; the weight is that of {names}"
+            merged[facts.name] = replace(
+                facts, is_first=first, is_last=last, feeds_batch_norm=normed, position_reason=reason
+            )
+    return [merged.get(facts.name, facts) for facts in layers]
 
 
 def _require_float(model: nn.Module) -> None:
@@ -229,6 +253,17 @@ def quantize(
 def plan_of(qmodel: nn.Module) -> Plan | None:
     """The resolved plan of what `quantize` returned; None for any other module."""
     return record_of(qmodel).get("plan")
+
+
+def leave_in_float(qmodel: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Take the quantizers of some layers out again, in place, and say so in the plan.
+
+    Args:
+        reasons: why, by name of the layer.
+    """
+    replace_modules(qmodel, {qmodel.get_submodule(name): qmodel.get_submodule(name).to_float() for name in reasons})
+    record = record_of(qmodel)
+    record["plan"] = record["plan"].left_in_float(reasons)
 
 
 def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLayer]:

@@ -120,7 +120,7 @@ def trace_graph(
             if not again:
                 again = refused(here.graph, modules, here.constants)
             if "" in again:
-                return Traced(None, again, {})
+                return Traced(None, {"": again[""]}, {})
             if not again:
                 added = {name: module for name, module in modules.items() if name not in here.modules}
                 return Traced(here.graph, here.leaves, here.constants | added)

@@ -65,6 +65,10 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     _require_finite(layers, batch_norms)
     state = _float_state(qmodel, layers)
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise ApotfxError(f"export: {name} is a {kind} tensor, an export holds dense ones; call to_dense() on it")
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
