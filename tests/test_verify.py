@@ -561,5 +561,5 @@ def test_a_damaged_checkpoint_gives_2(run, capsys):
 
 
 def test_batches_of_images_and_labels_are_refused():
-    with pytest.raises(ApotfxError, match="verify: expected batches that are tensors of images, got a tuple"):
+    with pytest.raises(ApotfxError, match="verify: a batch is no input of the network"):
         compare(nn.Identity(), {}, [(torch.zeros(1), torch.zeros(1))])

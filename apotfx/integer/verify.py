@@ -1,6 +1,7 @@
 """Whether an exported network is the one that was trained: its files first, then both networks, layer by layer."""
 
 import json
+import inspect
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -316,6 +317,11 @@ def compare(
         tensors = [x for x in pytree.tree_leaves(images) if isinstance(x, Tensor)]
         if not tensors:
             raise ApotfxError(f"verify: expected batches that hold tensors, got a {type(images).__name__}")
+        args, kwargs = bind(images)
+        try:
+            inspect.signature(expected.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ApotfxError(f"verify: a batch is no input of the network ({error}); pass inputs without labels") from error
         streams = {label: _steps(network, images) for label, network in others.items()}
         upcoming = {label: next(stream) for label, stream in streams.items()}
         for step in _steps(expected, images):
