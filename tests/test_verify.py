@@ -237,7 +237,7 @@ def test_other_predictions_are_counted(networks):
 def test_a_layer_of_the_onednn_backend_that_diverges_is_named(networks):
     qmodel, imodel = networks
     altered = copy.deepcopy(imodel)
-    change(altered, "pointwise", "weight", 3)
+    change(altered, "pointwise", "levels", 3)
     comparisons, _ = compare(qmodel, {"reference": imodel, "onednn": onednn.ByteNetwork(altered)}, [data()])
     assert comparisons["reference"].first is None
     assert comparisons["onednn"].first.name == "pointwise" and comparisons["onednn"].first.first[0] == "accumulators"

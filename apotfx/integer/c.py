@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, fx, nn
 
-from apotfx.graph.facts import torch_name
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes
@@ -84,11 +83,6 @@ class _Program:
         self.shapes = {node: tuple(shape[1:]) for node, shape in shapes(network, input_shape).items()}
         for step, translate in zip(steps, translations):
             translate(step)
-            if step.in_place:  # what shares the memory sees the result from now on
-                before = self.values[step.inputs[0]]
-                for node, value in self.values.items():
-                    if value == before:
-                        self.values[node] = self.values[step.node]
 
     def _translation(self, step: Operation):
         translate = getattr(self, f"_{step.kind}", None)
@@ -114,10 +108,7 @@ class _Program:
         (self.num_outputs,) = self.shapes[result]
 
     def _identity(self, step: Operation) -> None:
-        if torch_name(step.node) == "clone":
-            self._call(step, f"copy({math.prod(self.shapes[step.node])}, {{0}}, {{y}})")
-        else:
-            self.values[step.node] = self.values[step.inputs[0]]
+        self.values[step.node] = self.values[step.inputs[0]]
 
     def _flatten(self, step: Operation) -> None:
         self.values[step.node] = self.values[step.inputs[0]]

@@ -38,9 +38,6 @@ def what_onednn_lacks(network: nn.Module) -> str | None:
         return "no layer of the network fits 8-bit arithmetic"
     if any(tensor.device.type != "cpu" for tensor in network.buffers()):
         return "the network is not on the CPU"
-    for operation in operations(network):
-        if operation.in_place and len(operation.inputs[0].users) > 1:
-            return f"the operation {operation.node.name} overwrites what others read"
     return what_bytes_lack() or what_kernels_lack()
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import fx, nn
 
 from apotfx.graph.facts import rectified_range, torch_name
-from apotfx.graph.operations import writes
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.layers import float_type_of, kind_of
 from apotfx.operators import TransposedConvolution
 from apotfx.reproducible import AVERAGE_POOLS, Average
-from apotfx.graph.tracing import ByMode
+from apotfx.graph.tracing import GUARDS, ByMode
 
 PLAIN_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 # Of torch's functions, which torch.fx cannot ask for them in every version.
@@ -51,11 +50,6 @@ class Operation:
 
     def __getitem__(self, key: str):
         return self.settings[key]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it overwrites the first of its inputs."""
-        return bool(writes(self.node, {self.node.target: self.module}))
 
 
 def operations(network: fx.GraphModule) -> list[Operation]:
@@ -133,7 +127,11 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Operation:
     limits = rectified_range(node, modules)
     if limits is not None:
         return Operation("clamp", node, inputs, module, {"low": limits[0], "high": limits[1]})
+    if node.target in (*GUARDS, torch._assert):
+        return Operation("constant", node)
     kind, settings = _interpret(node, module)
+    if kind == "add":
+        inputs = node.args  # which may be the same twice
     return Operation(kind, node, inputs, module, settings)
 
 
@@ -149,7 +147,7 @@ def _interpret(node: fx.Node, module: nn.Module | None) -> tuple[str, dict]:
     name = torch_name(node)
     if name in ("add", "iadd", "add_"):
         plain = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
-        return ("add", {}) if plain and len(node.all_input_nodes) == 2 else ("other", {})
+        return ("add" if plain else "other"), {}
     if name in ("cat", "concat"):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         distinct = node.args and list(node.args[0]) == node.all_input_nodes
