@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
 from .layers import QuantFunctional, QuantLayer
-from .quantizers import Quantizer, WeightQuantizer
+from .quantizers import PAPER_INPUT_CLIP, WeightQuantizer
 
 METHODS = ("mse", "minmax", "percentile", "paper")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -51,8 +52,9 @@ def calibrate(
     model is in. A network that is fresh should be in training mode, so that its batch norms use the batches; one that is
     trained should be in evaluation mode.
 
-    Layers inside a module that tracing kept whole may be passed by, such as those used in training only. They are named
-    in a warning, and get their clips from the first training batch that reaches them.
+    Layers inside a module that tracing kept whole may be passed by, such as those used in training only, and an expert
+    may get an empty batch only. They are named in a warning, and get their clips from the first training batch that
+    reaches them.
 
     Args:
         qmodel: what `quantize` returned.
@@ -69,8 +71,8 @@ def calibrate(
 
     Raises:
         ApotfxError: nothing in `qmodel` is quantized; no batch was given, or one that is no input of the model; a layer
-            refuses a batch for its shape, dtype or device, or sees values that are not finite (names the layer); an
-            unknown method or a percentile out of range.
+            refuses a batch for its shape, dtype or device, sees values that are not finite, or negative ones that the
+            network's graph excluded (names the layer); an unknown method or a percentile out of range.
     """
     if method not in METHODS:
         raise ApotfxError(f"calibration method {method!r}: unknown; choose one of {', '.join(METHODS)}")
@@ -80,8 +82,11 @@ def calibrate(
     if not layers:
         raise ApotfxError("calibrate: the model has no quantized layer; pass what apotfx.quantize returned")
     if method == "paper":
-        for quantizer in (q for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer) if q):
-            quantizer.set_clip(quantizer.clip)
+        for layer in layers.values():
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.set_clip(layer.weight_quantizer.paper_clip(layer.weight))
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.set_clip(PAPER_INPUT_CLIP)
         return qmodel
 
     fit_weights = _WeightFit(minmax_clip if method == "minmax" else fit_clip)
@@ -89,11 +94,8 @@ def calibrate(
         if not isinstance(layer, QuantFunctional):
             fit_weights(name, layer, layer.weight)
     kept = _observe_float(qmodel, layers, batches, fit_weights, extremes if method == "minmax" else sample)
-    for name, layer in layers.items():
-        if name in kept and (quantizer := layer.input_quantizer) is not None:
-            x = torch.cat(kept[name])
-            if not x.numel():
-                raise ApotfxError(f"layer {name}: its input during calibration is empty; pass at least one image")
+    for name, x in kept.items():
+        if (quantizer := layers[name].input_quantizer) is not None:
             if method == "percentile":
                 quantizer.set_clip(percentile_clip(x, quantizer.levels, percentile))
             else:
@@ -276,26 +278,32 @@ class _WeightFit:
 
 def _observe_float(
     qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, fit_weights: _WeightFit, keep: Callable
-) -> dict[str, list[Tensor]]:
-    """What is kept of the inputs of `layers` with no input quantized; buffers such as batch-norm statistics are put back.
+) -> dict[str, Tensor]:
+    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer.
 
     Layers whose weight is an argument get their clip at the first call.
     """
-    needs_clip = {layer for layer in layers.values() if layer.input_quantizer is not None}
+    quantizers = {layer: layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None}
+    ranges: dict[str, tuple[float, float]] = {}
     buffers = [
         (module, key, buffer.clone())
-        for module in qmodel.modules() if not isinstance(module, Quantizer)
+        for module in qmodel.modules()
         for key, buffer in module.named_buffers(recurse=False)
-    ]  # fmt: skip
+    ]
 
     def check(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         x = _argument(args, kwargs, 0, "input")
         if not x.is_floating_point():
             raise ApotfxError(f"layer {name}: its input is {x.dtype}, expected a floating-point type; convert it")
-        if layer in needs_clip and not layer.rectify(x).isfinite().all():
-            raise ApotfxError(
-                f"layer {name}: its input during calibration is not finite; check the batches and weights"
-            )
+        if x.numel() and layer in quantizers:
+            low, high = extremes(layer.rectify(x)).tolist()
+            if not math.isfinite(high - low):
+                raise ApotfxError(
+                    f"layer {name}: its input during calibration is not finite; check the batches and weights"
+                )
+            quantizers[layer].require_sign(low, name, "during calibration", layer.sign_reason)
+            least, most = ranges.get(name, (low, high))
+            ranges[name] = min(least, low), max(most, high)
         if isinstance(layer, QuantFunctional):
             fit_weights(name, layer, _argument(args, kwargs, 1, "weight"))
 
@@ -310,23 +318,37 @@ def _observe_float(
         for module, key, value in buffers:
             getattr(module, key).copy_(value)
     _require_reached(qmodel, layers, kept, num_batches)
-    return kept
+    _record_ranges(qmodel, ranges)
+    return {name: x for name, parts in kept.items() if (x := torch.cat(parts)).numel()}
 
 
-def _require_reached(qmodel: nn.Module, layers: dict[str, QuantLayer], kept: dict, num_batches: int) -> None:
-    """Warns of layers that need batches and saw none, where that may be meant; else raises ApotfxError."""
-    unreached = [
+def _record_ranges(qmodel: nn.Module, ranges: dict[str, tuple[float, float]]) -> None:
+    """Let the plan say in what range the inputs of layers were found."""
+    record = vars(qmodel).get("meta")
+    plan = record.get("plan") if isinstance(record, dict) else None
+    if hasattr(plan, "with_observed"):
+        record["plan"] = plan.with_observed(ranges)
+
+
+def _require_reached(
+    qmodel: nn.Module, layers: dict[str, QuantLayer], kept: dict[str, list[Tensor]], num_batches: int
+) -> None:
+    """Warns of layers that need batches and saw no data, where that may be meant; else raises ApotfxError."""
+    needing = [
         name for name, layer in layers.items()
-        if name not in kept and (layer.input_quantizer is not None or isinstance(layer, QuantFunctional))
+        if layer.input_quantizer is not None or isinstance(layer, QuantFunctional)
     ]  # fmt: skip
     called = {
         f"{path}.{node.target}" if path else node.target
         for path, module in qmodel.named_modules() if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
     }  # fmt: skip
-    for name in unreached:
-        if name in called or not num_batches:
+    for name in needing:
+        if name not in kept and (name in called or not num_batches):
             raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
+    unreached = [name for name in needing if not any(x.numel() for x in kept.get(name, ()))]
+    if unreached and len(unreached) == len(needing):
+        raise ApotfxError(f"layer {unreached[0]}: its input during calibration is empty; pass at least one image")
     if unreached:
         warnings.warn(
             f"layers {', '.join(unreached)}: no batch of the calibration reached them; they get their clips from the "
