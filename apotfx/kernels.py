@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import ApotfxError
 from .files import write_atomic
-from .functional import Levels, Operand, is_dense
+from .functional import Levels, Operand, is_dense, is_plain
 from .levels import LevelSet
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -196,10 +196,10 @@ def accept(operand: Operand) -> bool:
         and (unit is None or unit.dtype == torch.float32)
         and x.device.type == clip.device.type == "cpu"
         and (unit is None or unit.device.type == "cpu")
+        and type(clip) in (Tensor, torch.nn.Parameter)
+        and is_plain(x)
         and x.numel() > 0
-        and type(x) in (Tensor, torch.nn.Parameter)
         and clip.is_contiguous()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -21,6 +21,7 @@ import bench_common
 import bench_train
 
 from apotfx.engine import choose
+from apotfx.quantizers import Quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +127,7 @@ def test_a_step_trains_and_repeats():
 
 def test_clips_are_calibrated_before_the_first_step():
     step = bench_train.Step(tiny_case(), bench_train.Variant("eager", 4, "apot"))
-    assert [m.needs_clip for m in step.model.modules() if hasattr(m, "needs_clip")] == [False] * 6
+    assert [m.needs_data() for m in step.model.modules() if isinstance(m, Quantizer)] == [False] * 6
 
 
 def test_the_memory_format_reaches_images_and_weights():

@@ -38,6 +38,7 @@ from apotfx.integer.manifest import (
 from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
+from apotfx.state import uncalibrated
 from apotfx.reproducible import folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
@@ -61,6 +62,11 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     if not layers or not record_of(qmodel):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
+    if names := uncalibrated(qmodel):
+        raise ApotfxError(
+            f"export: the clips of {', '.join(names[:5])}{' ...' * (len(names) > 5)} never saw data; calibrate the network or "
+            "train it first"
+        )
     batch_norms = describe_batch_norms(qmodel)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     _require_finite(layers, batch_norms)

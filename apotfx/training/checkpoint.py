@@ -16,6 +16,7 @@ from apotfx.training.config import TrainConfig
 from apotfx.training.published import convert_published, is_published
 
 FORMAT, VERSION = "apotfx-checkpoint", 1
+CALIBRATED = "_quantizer.calibrated"  # a flag of earlier versions, which quantizers still read
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, carry_over: bool = F
         expected, state = (
             {k: v for k, v in d.items() if k in fits or "_quantizer." not in k} for d in (expected, state)
         )
-    for name in [*expected, *(key for key in state if key not in expected)]:
+    for name in [*expected, *(key for key in state if key not in expected and not key.endswith(CALIBRATED))]:
         wanted, got = (tuple(d[name].shape) if name in d else "absent" for d in (expected, state))
         if wanted != got:
             arch = "" if checkpoint.config is None else f" (written by --arch {checkpoint.config.arch})"

@@ -1,7 +1,6 @@
 """Data sets as uint8 tensors, and the batches that training and evaluation read from them."""
 
 import contextlib
-import hashlib
 import io
 import os
 import socket
@@ -22,6 +21,7 @@ from torchvision.transforms import functional as TF
 
 from apotfx.errors import ApotfxError
 from apotfx.training.augment import Augment, draw, to_device, transform
+from apotfx.training.randomness import seed_of
 from apotfx.training.recording import Recorded
 
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "folder", "digits")
@@ -462,8 +462,7 @@ def eval_batches(
 
 
 def _generator(*key: int) -> torch.Generator:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor:

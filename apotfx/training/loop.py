@@ -25,6 +25,7 @@ from apotfx.training.data import Dataset, Split, TrainBatches, eval_batches
 from apotfx.training.distributed import Processes, synchronize_batch_norms
 from apotfx.training.monitor import Monitor, profiler
 from apotfx.training.optimization import MovingAverage, lr_factor, parameter_groups
+from apotfx.training.randomness import seed_generators
 from apotfx.training.recording import Recorded
 
 EVAL_BATCH_SIZE = 1000
@@ -182,7 +183,9 @@ class Trainer:
         rates = self._rates()
         if self.device.type == "cuda":
             rates = to_device(torch.tensor(rates, dtype=torch.float32), self.device)
-        self._replayed("update", self._update)(images, labels, rates, *self._targets(images))
+        targets = self._targets(images)
+        self._seed("student")
+        self._replayed("update", self._update)(images, labels, rates, *targets)
         self.step += 1
         if self.device.type == "cpu":
             self._require_finite()
@@ -199,9 +202,14 @@ class Trainer:
         """What the teacher whose turn it is says of the images, [B, classes]; nothing without teachers."""
         if not self.teachers:
             return []
+        self._seed("teacher")
         turn = self.step % len(self.teachers)
         teach = functools.partial(self._soft_labels, self.teachers[turn])
         return [self._replayed(f"teacher {turn}", teach)(images)]
+
+    def _seed(self, network: str) -> None:
+        """Let what `network` draws next, such as a dropout's mask, depend on the run's seed, the step and this process."""
+        seed_generators(self.device, network, self.config.seed, self.step, self.processes.rank)
 
     def _rates(self) -> list[float]:
         """The learning rates of the optimizer's groups in this step and, where there is one, the average's weight."""
@@ -264,7 +272,10 @@ class Trainer:
         self.step -= held  # whose batch a GPU has left behind, but not its weights
         images, labels = next(self.batches.epoch(*divmod(self.step, len(self.batches))))
         if self.device.type == "cuda":
-            self._compute_gradients(images, labels, *(self._targets(images) or [None]))
+            targets = self._targets(images) or [None]
+            self._seed("student")
+            self._compute_gradients(images, labels, *targets)
+        self._seed("student")
         where = first_non_finite(self.model, images)
         raise ApotfxError(
             f"training diverged at step {self.step}: the first value that is not finite is {where}; "

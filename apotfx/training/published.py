@@ -1,6 +1,5 @@
 """The checkpoints that the authors of the published MNIST experiments released, read as our own state."""
 
-import torch
 from torch import Tensor
 
 PREFIX = "module."
@@ -22,12 +21,9 @@ def convert_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         layer, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         if leaf in CLIPS:
-            quantizer, _, _ = CLIPS[leaf].partition(".")
             converted[f"{layer}.{CLIPS[leaf]}"] = value.abs()
-            converted[f"{layer}.{quantizer}.calibrated"] = torch.tensor(True)
         else:
             converted[f"{layer}.{leaf}"] = value
     for layer in ("conv1", "fc"):
         converted[f"{layer}.weight_quantizer.clip"] = converted[f"{layer}.weight"].abs().max()
-        converted[f"{layer}.weight_quantizer.calibrated"] = torch.tensor(True)
     return converted
