@@ -82,8 +82,10 @@ def functionalize(
 def store(written: Tensor, value: Tensor) -> Tensor:
     """The memory that `written` lies in, after `value` was written there: a vector of all its elements."""
     length = written.untyped_storage().nbytes() // written.element_size()
-    whole = written.as_strided((length,), (1,), 0)
-    return torch.as_strided_scatter(whole, value, written.size(), written.stride(), written.storage_offset())
+    stored = written.as_strided((length,), (1,), 0).clone()
+    # Not by torch.as_strided_scatter, whose gradient is wrong (torch 2.6 to 2.14).
+    stored.as_strided(written.size(), written.stride(), written.storage_offset()).copy_(value)
+    return stored
 
 
 def see(x: object, written: Tensor, stored: Tensor) -> object:

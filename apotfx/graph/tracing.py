@@ -304,7 +304,7 @@ class _Tracer(fx.Tracer):
                 for key in sorted(given.keys() - known.keys()):
                     plain = isinstance(given[key], PLAIN)
                     kwargs[key] = given[key] if plain else stand_in(key)
-                    guards += [(stand_in(key, given[key]), given[key], key)] * plain
+                    guards += [(stand_in(key, given[key]), given[key], key)] if plain else []
             elif name in given and not isinstance(given[name], PLAIN) or name not in given and p.default is p.empty:
                 if self._inputs is not None and name not in given:
                     raise ApotfxError(f"example_inputs: the model's input {name} is missing; pass an example for it")
