@@ -10,7 +10,7 @@ from .levels import LevelSet
 from .policy import BitPolicy, Rule
 from .graph.passes import plan, quantize
 from .summary import summary
-from .graph.tracing import trace
+from .graph.network import trace
 
 __all__ = [
     "ApotfxError",

@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
-from .layers import QuantFunctional, QuantLayer
+from .graph.network import graph_of, record_of
+from .graph.passes import leave_in_float
+from .graph.selfcheck import require_same
+from .layers import QuantLayer, outside_readers
+from .reproducible import AttachedBatchNorm
 from .quantizers import PAPER_INPUT_CLIP, WeightQuantizer
 
 METHODS = ("mse", "minmax", "percentile", "paper")
@@ -91,9 +95,8 @@ def calibrate(
 
     fit_weights = _WeightFit(minmax_clip if method == "minmax" else fit_clip)
     for name, layer in layers.items():
-        if not isinstance(layer, QuantFunctional):
-            fit_weights(name, layer, layer.weight)
-    kept = _observe_float(qmodel, layers, batches, fit_weights, extremes if method == "minmax" else sample)
+        fit_weights(name, layer, layer.weight)
+    kept = _observe_float(qmodel, layers, batches, extremes if method == "minmax" else sample)
     for name, x in kept.items():
         if (quantizer := layers[name].input_quantizer) is not None:
             if method == "percentile":
@@ -126,15 +129,18 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
             or statistics that are not finite; then the statistics are as they were.
     """
     norms = {name: m for name, m in qmodel.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+    owners = {m.norm[0] for m in norms.values() if isinstance(m, AttachedBatchNorm)}
+    norms = {name: m for name, m in norms.items() if m not in owners and not getattr(m, "frozen", False)}
     if not norms:
         raise ApotfxError("reestimate_batch_norms: the model has no batch norm with running statistics; leave it out")
-    momenta = {norm: norm.momentum for norm in norms.values()}
-    before = {norm: {key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms.values()}
+    states = {norm: getattr(norm, "norm", (norm,))[0] for norm in norms.values()}
+    momenta = {state: state.momentum for state in states.values()}
+    before = {norm: [(buffer, buffer.clone()) for buffer in state.buffers()] for norm, state in states.items()}
     try:
         with _evaluation(qmodel):
             for norm in norms.values():
                 norm.reset_running_stats()
-                norm.momentum = None  # for the average over all batches
+                states[norm].momentum = None  # for the average over all batches
                 norm.training = True
             _run(qmodel, batches)
         unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
@@ -148,9 +154,10 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
         raise
     finally:
         for name in unreached:
-            norms[name].load_state_dict(before[norms[name]], strict=False)
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+            for buffer, value in before[norms[name]]:
+                buffer.copy_(value)
+        for state, momentum in momenta.items():
+            state.momentum = momentum
     if unreached:
         warnings.warn(
             f"batch norms {', '.join(unreached)}: no batch reached them; they keep their statistics", stacklevel=3
@@ -277,12 +284,9 @@ class _WeightFit:
 
 
 def _observe_float(
-    qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, fit_weights: _WeightFit, keep: Callable
+    qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, keep: Callable
 ) -> dict[str, Tensor]:
-    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer.
-
-    Layers whose weight is an argument get their clip at the first call.
-    """
+    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer."""
     quantizers = {layer: layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None}
     ranges: dict[str, tuple[float, float]] = {}
     buffers = [
@@ -304,11 +308,10 @@ def _observe_float(
             quantizers[layer].require_sign(low, name, "during calibration", layer.sign_reason)
             least, most = ranges.get(name, (low, high))
             ranges[name] = min(least, low), max(most, high)
-        if isinstance(layer, QuantFunctional):
-            fit_weights(name, layer, _argument(args, kwargs, 1, "weight"))
 
     try:
         with (
+            outside_readers(layers.values()) as readers,
             _switched_off(layers, "input_quantizer"),
             _pre_hooks(layers, check),
             observed_inputs(layers, keep) as kept,
@@ -317,32 +320,27 @@ def _observe_float(
     finally:
         for module, key, value in buffers:
             getattr(module, key).copy_(value)
-    _require_reached(qmodel, layers, kept, num_batches)
-    _record_ranges(qmodel, ranges)
+    called = {node.target for node in graph_of(qmodel).nodes if node.op == "call_module"}
+    read = {name for name, layer in layers.items() if layer in readers and name not in called}
+    for name in read & kept.keys():
+        layers[name].weight_is_read = True
+    if unused := read - kept.keys():
+        reason = "the module around it, which is kept whole, computes with its weight and never calls it"
+        leave_in_float(qmodel, dict.fromkeys(sorted(unused), reason))
+    needing = [name for name, layer in layers.items() if layer.input_quantizer is not None and name not in unused]
+    _require_reached(needing, called, kept, num_batches)
+    record = record_of(qmodel)
+    if "plan" in record:
+        record["plan"] = record["plan"].with_observed(ranges)
     return {name: x for name, parts in kept.items() if (x := torch.cat(parts)).numel()}
 
 
-def _record_ranges(qmodel: nn.Module, ranges: dict[str, tuple[float, float]]) -> None:
-    """Let the plan say in what range the inputs of layers were found."""
-    record = vars(qmodel).get("meta")
-    plan = record.get("plan") if isinstance(record, dict) else None
-    if hasattr(plan, "with_observed"):
-        record["plan"] = plan.with_observed(ranges)
+def _require_reached(needing: list[str], called: set[str], kept: dict[str, list[Tensor]], num_batches: int) -> None:
+    """Warns of layers that need batches and saw no data, where that may be meant; else raises ApotfxError.
 
-
-def _require_reached(
-    qmodel: nn.Module, layers: dict[str, QuantLayer], kept: dict[str, list[Tensor]], num_batches: int
-) -> None:
-    """Warns of layers that need batches and saw no data, where that may be meant; else raises ApotfxError."""
-    needing = [
-        name for name, layer in layers.items()
-        if layer.input_quantizer is not None or isinstance(layer, QuantFunctional)
-    ]  # fmt: skip
-    called = {
-        f"{path}.{node.target}" if path else node.target
-        for path, module in qmodel.named_modules() if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-    }  # fmt: skip
+    Args:
+        called: what the graph itself calls.
+    """
     for name in needing:
         if name not in kept and (name in called or not num_batches):
             raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
@@ -366,6 +364,7 @@ def _run(model: nn.Module, batches: Iterable) -> int:
     with _refusals_named(model):
         for count, batch in enumerate(batches, 1):
             args, kwargs = _arguments(model, batch)
+            require_same(model, args, kwargs)
             model(*args, **kwargs)
     return count
 
@@ -416,22 +415,16 @@ def _refusals_named(model: nn.Module) -> Iterator[None]:
 
 def _refusal(name: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> str:
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if isinstance(module, QuantFunctional):
-        tensors = tensors[:1]
     got = " and ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors) or "no tensor"
-    expected = _expected_input(module, args, kwargs)
+    expected = _expected_input(module)
     what = f"layer {name}" if name else "the model"
     expects = f", expected {expected}" if expected else ""
     return f"{what}: refuses its input {got}{expects} ({' '.join(str(error).split())}); check the batches"
 
 
-def _expected_input(module: nn.Module, args: tuple, kwargs: dict) -> str:
+def _expected_input(module: nn.Module) -> str:
     """The shape that `module` takes as far as its type says; "" where it does not."""
-    if isinstance(module, QuantFunctional):
-        shape = _argument(args, kwargs, 1, "weight").shape
-        channels = shape[0] if getattr(module, "transposed", False) else shape[1] * getattr(module, "groups", 1)
-        dims = len(shape) - 2
-    elif hasattr(module, "in_features"):
+    if hasattr(module, "in_features"):
         channels, dims = module.in_features, 0
     elif hasattr(module, "in_channels"):
         channels, dims = module.in_channels, len(module.kernel_size)

@@ -5,7 +5,8 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -74,25 +75,30 @@ class Geometry(NamedTuple):
 
 
 class FunctionalLayer(nn.Module):
-    """A call of `F.linear`, `F.conv1d` ... or `F.conv_transpose3d` as a module; weight and bias stay arguments.
+    """A call of `F.linear`, `F.conv1d` ... or `F.conv_transpose3d` as a module, whose weight and bias belong to others.
 
     Args:
         function: its name in `torch.nn.functional`.
-        weight_shape: of the argument.
+        weight: gives the weight, whatever it is computed from, when it is called.
+        bias: gives the bias; None without.
         settings: of a convolution, by torch's names; ints or one per dimension, as torch takes them.
     """
 
     padding_mode = "zeros"
 
-    def __init__(self, function: str, weight_shape: torch.Size, **settings):
+    def __init__(self, function: str, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None, **settings):
         super().__init__()
         self.function = function
         self.kind = kind_of_function(function)
+        self._weight, self._bias = weight, bias
+        with torch.no_grad():
+            shape = self.weight.shape
         if self.kind == "Linear":
+            self.out_features, self.in_features = shape
             return
-        self.transposed, self.kernel_size = "transpose" in function, tuple(weight_shape[2:])
+        self.transposed, self.kernel_size = "transpose" in function, tuple(shape[2:])
         self.groups = settings.get("groups", 1)
-        self.in_channels = weight_shape[0] if self.transposed else weight_shape[1] * self.groups
+        self.in_channels = shape[0] if self.transposed else shape[1] * self.groups
         defaults = {"stride": 1, "padding": 0, "dilation": 1} | ({"output_padding": 0} if self.transposed else {})
         for key, default in defaults.items():
             setattr(self, key, _per_dimension(settings.get(key, default), len(self.kernel_size)))
@@ -100,10 +106,18 @@ class FunctionalLayer(nn.Module):
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
             self._reversed_padding_repeated_twice = [n for t in reversed(total) for n in (t // 2, t - t // 2)]
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        return self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias()
+
+    def forward(self, input: Tensor) -> Tensor:
         settings = {} if self.kind == "Linear" else {"stride": self.stride, "padding": self.padding}
         settings |= {key: getattr(self, key) for key in ("output_padding", "groups", "dilation") if hasattr(self, key)}
-        return getattr(nn.functional, self.function)(input, weight, bias, **settings)
+        return getattr(nn.functional, self.function)(input, self.weight, self.bias, **settings)
 
     def extra_repr(self) -> str:
         return self.function
@@ -133,6 +147,8 @@ class QuantLayer(nn.Module):
         sign_reason: why its input cannot be negative, where it cannot.
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
+        rectifies: whether it does that work; not while the network computes the activation function itself.
+        weight_is_read: whether code of a module kept whole reads the float weight besides calling the layer.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -141,6 +157,8 @@ class QuantLayer(nn.Module):
     name: str = "quantized layer"
     sign_reason: str = ""
     rectifier: tuple[float, float] | None = None
+    rectifies = True
+    weight_is_read = False
     engine: Eager = EAGER
 
     @classmethod
@@ -170,14 +188,28 @@ class QuantLayer(nn.Module):
         return quant
 
     def __getattr__(self, name: str):
-        if name in ("weight", "bias"):
-            parametrizations = self._modules.get("parametrizations", ())
-            if name in parametrizations:
-                return parametrizations[name]()
-        return super().__getattr__(name)
+        if name == "weight" and (readers := vars(self).get("_readers")) is not None:
+            readers.add(self)
+        return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """The weight or the bias, as the layer itself reads it."""
+        if isinstance(self, FunctionalLayer):
+            return getattr(self, name)
+        parametrizations = self._modules.get("parametrizations", ())
+        return parametrizations[name]() if name in parametrizations else self._parameters[name]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._compute(input, self.weight, self.bias, self.geometry)
+        return self._compute(input, self._parameter("weight"), self._parameter("bias"), self.geometry)
+
+    def to_float(self) -> nn.Module:
+        """A float layer around the parameters, parametrizations, hooks and mode of this one."""
+        layer = self.float_type.__new__(self.float_type)
+        added = ("weight_quantizer", "input_quantizer")
+        state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
+        state["_modules"] = {key: module for key, module in self._modules.items() if key not in added}
+        layer.__dict__ = {key: value for key, value in state.items() if key not in (*added, *_ADDED)}
+        return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         if not input.is_floating_point():
@@ -222,13 +254,14 @@ class QuantLayer(nn.Module):
 
     def rectify(self, x: Tensor) -> Tensor:
         """x after the activation function that the layer has absorbed, if it has."""
-        return x if self.rectifier is None else x.clamp(*self.rectifier)
+        return x.clamp(*self.rectifier) if self.rectifier is not None and self.rectifies else x
 
     def _input_operand(self, x: Tensor) -> Operand:
         quantizer = self.input_quantizer
         if quantizer is None:
             return Operand(self.rectify(x), None, None, None)
-        return Operand(x, quantizer.operand_clip, None, F.Levels(quantizer.levels, self.rectifier))
+        rectifier = self.rectifier if self.rectifies else None
+        return Operand(x, quantizer.operand_clip, None, F.Levels(quantizer.levels, rectifier))
 
     def weight_operand(self, weight: Tensor) -> Operand:
         """The weight parameter (of a functional layer, the argument) as the operator takes it."""
@@ -312,7 +345,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 class _QuantTransposed(QuantLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
-        return self._compute(input, self.weight, self.bias, geometry)
+        return self._compute(input, self._parameter("weight"), self._parameter("bias"), geometry)
 
     def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         geometry = self.geometry.for_output_size(input, self.kernel_size, output_size)
@@ -333,14 +366,6 @@ class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
 
 class QuantFunctional(QuantLayer, FunctionalLayer):
     float_type = FunctionalLayer
-
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._compute(input, weight, bias, self.geometry)
-
-    def codes_and_accumulators(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._compute_integers(input, weight, self.geometry)
 
 
 QUANT_LAYERS = {
@@ -370,3 +395,34 @@ def kind_of(layer: nn.Module) -> str:
     """What a layer that `float_type_of` knows computes."""
     float_type = float_type_of(layer)
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
+
+
+_ADDED = ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
+
+
+@contextmanager
+def outside_readers(layers: Iterable[QuantLayer]) -> Iterator[set[QuantLayer]]:
+    """While active, gathers those of `layers` whose weight other code than their own reads."""
+    readers: set[QuantLayer] = set()
+    layers = list(layers)
+    for layer in layers:
+        vars(layer)["_readers"] = readers
+    try:
+        yield readers
+    finally:
+        for layer in layers:
+            del vars(layer)["_readers"]
+
+
+@contextmanager
+def computing_in_float(model: nn.Module) -> Iterator[None]:
+    """While active, the quantized layers of `model` are float layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
+    quantizers = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight_quantizer = layer.input_quantizer = None
+        yield
+    finally:
+        for layer, (weight_quantizer, input_quantizer) in zip(layers, quantizers):
+            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer

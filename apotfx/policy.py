@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -299,6 +299,7 @@ class PlannedLayer:
         weight: level set of the weight; None for float.
         input: level set of the input; None for float.
         reason: the rule, or why the layer stays in float.
+        observed_range: (least, largest) value of its input in the data of calibration; None before one.
     """
 
     facts: LayerFacts
@@ -306,10 +307,18 @@ class PlannedLayer:
     weight: LevelSet | None
     input: LevelSet | None
     reason: str
+    observed_range: tuple[float, float] | None = None
 
     @property
     def quantized(self) -> bool:
         return self.weight is not None or self.input is not None
+
+    @property
+    def sign(self) -> str:
+        """ "signed" or "unsigned", and what the data says to the contrary."""
+        sign, other = ("signed", "never negative") if self.facts.signed_input else ("unsigned", "negative")
+        contrary = self.observed_range is not None and (self.observed_range[0] >= 0) == self.facts.signed_input
+        return f"{sign}, {other} in the data" if contrary else sign
 
     def explain(self) -> str:
         """What the layer gets in a line, then a line for each decision and its reason."""
@@ -318,15 +327,16 @@ class PlannedLayer:
         if self.quantized:
             how = f" per {self.rule.granularity}, {self.rule.normalization}" if self.weight is not None else ""
             gets = f"weight {_levels_text(self.weight)}{how}; input {_levels_text(self.input)}"
-        sign = "signed" if facts.signed_input else "unsigned"
         position = " and ".join(p for p in POSITIONS if getattr(facts, f"is_{p}")) or "neither first nor last"
         lines = [
             f"{facts.name} ({facts.type}): {gets}",
             f"stays {self.reason}" if self.rule is None else f"decided by: {self.reason}",
-            _because(f"input {sign}", facts.sign_reason),
+            _because(f"input {self.sign}", facts.sign_reason),
             _because(position, facts.position_reason),
             f"a batch norm {'is' if facts.feeds_batch_norm else 'is not'} its only reader",
         ]
+        if self.observed_range is not None:
+            lines.insert(3, "input in the data from {:.4g} to {:.4g}".format(*self.observed_range))
         return "\n    ".join(lines)
 
 
@@ -352,13 +362,44 @@ class Plan:
 
     @staticmethod
     def _row(layer: PlannedLayer) -> tuple[str, ...]:
-        sign = "signed" if layer.facts.signed_input else "unsigned"
         how = (layer.rule.granularity, layer.rule.normalization) if layer.weight is not None else ("-", "-")
         levels = (_levels_text(layer.weight), _levels_text(layer.input))
-        return (layer.facts.name, layer.facts.type, *levels, sign, *how, layer.reason)
+        return (layer.facts.name, layer.facts.type, *levels, layer.sign, *how, layer.reason)
 
     def __str__(self) -> str:
         return tabulate(self.rows(), self.HEADERS)
+
+    def left_in_float(self, reasons: Mapping[str, str]) -> "Plan":
+        """The same plan with some layers in float after all, and why, by name."""
+        return Plan(
+            tuple(
+                dataclasses.replace(
+                    layer, rule=None, weight=None, input=None, reason=f"float: {reasons[layer.facts.name]}",
+                    facts=dataclasses.replace(layer.facts, obstacle=reasons[layer.facts.name]),
+                ) if layer.facts.name in reasons else layer
+                for layer in self.layers
+            )
+        )  # fmt: skip
+
+    def with_observed(self, ranges: Mapping[str, tuple[float, float]]) -> "Plan":
+        """The same plan with what the data says of the inputs of some layers, (least, largest) value by name.
+
+        Raises:
+            ApotfxError: a name that is in no row, or a range whose ends are no numbers in ascending order.
+        """
+        names = {layer.facts.name for layer in self.layers}
+        for name, (low, high) in ranges.items():
+            if name not in names:
+                raise ApotfxError(f"plan: has no layer {name!r}; the layers are {_abbreviated(sorted(names))}")
+            if not low <= high:
+                raise ApotfxError(f"plan: range ({low}, {high}) of layer {name} is empty; give (least, largest) value")
+        observed = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+        return Plan(
+            tuple(
+                dataclasses.replace(layer, observed_range=observed.get(layer.facts.name, layer.observed_range))
+                for layer in self.layers
+            )
+        )
 
     def explain(self) -> str:
         """Per layer what it gets, and each decision with its reason, as text of a few lines."""

@@ -33,7 +33,9 @@ def evaluate_batch_norm(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tenso
     return affine(x, *folded_batch_norm(bn))
 
 
-class _ReproducibleBatchNorm:
+class ReproducibleBatchNorm:
+    """Mixed into torch's batch norms."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training or self.running_var is None or x.dim() < 2:
             return super().forward(x)
@@ -41,20 +43,70 @@ class _ReproducibleBatchNorm:
         return evaluate_batch_norm(self, x)
 
 
-class BatchNorm1d(_ReproducibleBatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(ReproducibleBatchNorm, nn.BatchNorm1d):
     pass
 
 
-class BatchNorm2d(_ReproducibleBatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(ReproducibleBatchNorm, nn.BatchNorm2d):
     pass
 
 
-class BatchNorm3d(_ReproducibleBatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(ReproducibleBatchNorm, nn.BatchNorm3d):
     pass
 
 
-class SyncBatchNorm(_ReproducibleBatchNorm, nn.SyncBatchNorm):
+class SyncBatchNorm(ReproducibleBatchNorm, nn.SyncBatchNorm):
     pass
+
+
+class AttachedBatchNorm(ReproducibleBatchNorm):
+    """A batch norm that computes with the state and settings of another, whose own forward does something else besides.
+
+    Attributes:
+        frozen: evaluates in training too.
+    """
+
+    @classmethod
+    def to(cls, norm: nn.modules.batchnorm._BatchNorm, *, frozen: bool) -> "AttachedBatchNorm":
+        """Attached to `norm`, which it takes parameters, buffers and settings from when it computes."""
+        attached = next(c for c in _ATTACHED if issubclass(c, next(t for t in BATCH_NORMS if isinstance(norm, t))))
+        attached = attached.__new__(attached)
+        nn.Module.__init__(attached)
+        vars(attached).update(norm=(norm,), frozen=frozen, training=norm.training)  # in a tuple: it is no submodule
+        return attached
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "norm" not in vars(self):
+            raise AttributeError(name)
+        return getattr(vars(self)["norm"][0], name)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # the other norm's forward may take more than its type does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return evaluate_batch_norm(self, x) if self.frozen else super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.norm[0].extra_repr()}, frozen={self.frozen}"
+
+
+class AttachedBatchNorm1d(AttachedBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class AttachedBatchNorm2d(AttachedBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class AttachedBatchNorm3d(AttachedBatchNorm, nn.BatchNorm3d):
+    pass
+
+
+class AttachedSyncBatchNorm(AttachedBatchNorm, nn.SyncBatchNorm):
+    pass
+
+
+_ATTACHED = (AttachedBatchNorm1d, AttachedBatchNorm2d, AttachedBatchNorm3d, AttachedSyncBatchNorm)
 
 
 class _ReproducibleAverage:

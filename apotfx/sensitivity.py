@@ -6,6 +6,7 @@ loss by half the trace of its Fisher information times the mean squared noise. T
 `functional.fake_quantize` makes of the trained weights and of observed inputs, with the clips that `fit_clip` finds.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from . import functional as F
 from .clips import fit_clip, sample
 from .errors import ApotfxError
-from .layers import QuantLayer
+from .layers import FunctionalLayer, QuantLayer
 from .levels import MAX_BITS, MIN_BITS, LevelSet
 from .policy import BitPolicy, Rule
-from .graph.passes import quantize
+from .graph.passes import plan_of, quantize
 
 SAMPLED_BATCHES = 8  # whose inputs are kept, to quantize them
 
@@ -60,7 +61,7 @@ class Sensitivity:
 class _Weight:
     """A weight, and the sum of the squared norms of its gradients; shared by the layers that share it."""
 
-    value: Tensor | None = None  # a leaf, which the layers compute with; None until the first call passes it
+    value: Tensor | None = None  # a leaf, which the layers compute with
     squares: float = 0.0
 
 
@@ -80,16 +81,12 @@ class _Layer:
     inputs: list[Tensor] = field(default_factory=list)  # of the present batch
 
     def before(self, module: QuantLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook: keeps the input, and puts `weight.value` in the place of a functional call's weight."""
+        """Forward pre-hook: keeps the input."""
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         x = call.arguments["input"] if self.rectifier is None else call.arguments["input"].clamp(*self.rectifier)
         x = x.clone()  # so that it has a gradient of its own, whoever else reads the same tensor
         self.inputs.append(x if x.requires_grad else x.requires_grad_())
         call.arguments["input"] = self.inputs[-1]
-        if "weight" in call.arguments:
-            if self.weight.value is None:
-                self.weight.value = _leaf(call.arguments["weight"])
-            call.arguments["weight"] = self.weight.value
         return call.args, call.kwargs
 
     def after(self, module: QuantLayer, args: tuple, output: Tensor) -> None:
@@ -166,7 +163,7 @@ def _float_network(model: nn.Module) -> tuple[nn.Module, list[_Layer]]:
     qmodel.requires_grad_(False)
     weights: dict[nn.Module, _Weight] = {}
     layers = []
-    for planned in qmodel.meta["plan"].layers:
+    for planned in plan_of(qmodel).layers:
         if planned.quantized:
             module, facts = qmodel.get_submodule(planned.facts.name), planned.facts
             weight = weights.setdefault(module.weight_quantizer, _Weight())
@@ -175,11 +172,13 @@ def _float_network(model: nn.Module) -> tuple[nn.Module, list[_Layer]]:
             module.rectifier = None  # its gradient is 0 where the quantized input is 0, the loss's is not
     for layer in layers:
         module = layer.module
-        own = getattr(module, "weight", None)
-        if own is not None:
-            if layer.weight.value is None:
-                layer.weight.value = _leaf(own)
-            module.__dict__["weight"] = layer.weight.value  # found before the parameter of that name
+        if layer.weight.value is None:
+            layer.weight.value = _leaf(module.weight)
+        if isinstance(module, FunctionalLayer):
+            module._weight = functools.partial(getattr, layer.weight, "value")
+        else:
+            module._modules.pop("parametrizations", None)
+            module._parameters["weight"] = layer.weight.value
         module.weight_quantizer = module.input_quantizer = None
         module.train()  # computes in the network's own precision; evaluation would take float64
         module.register_forward_pre_hook(layer.before, with_kwargs=True)

@@ -1,6 +1,6 @@
 """What a quantized model holds and computes: per layer, and in total."""
 
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -10,14 +10,15 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from .attention import PROJECTIONS, obstacle, split_projections
+from .attention import split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
-from .graph.modularize import functional_arguments, without_arguments
+from .macs import count_macs, is_float_attention
 from .modules import attribute
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
-from .graph.tracing import bind, graph_of
+from .graph.network import reached_state, record_of
+from .graph.tracing import bind
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LayerSummary:
         float_bytes: the weight's size at 32 bits.
         quantized_bytes: the weight's size at `weight_bits`.
         macs: multiply-accumulates of its weight in all its calls, without the bias; of a convolution those with padding
-            included. None without inputs, and where no call of a conv or linear layer is seen, as in an LSTM.
+            included. None without inputs, and where it is not called.
         decided_by: the rule, or why it stays in float.
     """
 
@@ -71,6 +72,9 @@ class Summary:
         float_bytes: size of `parameters` at 32 bits.
         quantized_bytes: the same with quantized weights at their bits, all else at 32; a weight that is also read in
             float, such as an embedding's, stays at 32.
+        activation_macs: multiply-accumulates of products of two activations, which stay in float, such as the two of
+            attention; None without inputs.
+        other_macs: those of products with weights that are in no row, all in float; None without inputs.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -78,12 +82,15 @@ class Summary:
     parameters: int
     float_bytes: int
     quantized_bytes: int
+    activation_macs: int | None = None
+    other_macs: int | None = None
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of all layers where they are known; None without inputs."""
-        known = [row.macs for row in self.layers if row.macs is not None]
-        return sum(known) if known else None
+        """Multiply-accumulates of the whole network; None without inputs."""
+        if self.activation_macs is None:
+            return None
+        return sum(row.macs or 0 for row in self.layers) + self.activation_macs + self.other_macs
 
     @property
     def quantized_macs(self) -> int | None:
@@ -113,11 +120,20 @@ class Summary:
         ]
         if self.macs is not None:
             share = "" if self.quantized_macs_share is None else f" ({self.quantized_macs_share:.2%})"
-            unknown = [row.name for row in self.layers if row.macs is None]
             lines.append(
-                f"multiply-accumulates: {self.macs:,}, of them {self.quantized_macs:,}{share} with weight and input "
-                f"quantized{'; not counted: ' if unknown else ''}{', '.join(unknown)}"
+                f"multiply-accumulates: {self.macs:,}, of them {self.quantized_macs:,}{share} with weight and input quantized"
             )
+            parts = [
+                f"{macs:,} {where}"
+                for macs, where in (
+                    (self.activation_macs, "in products of two activations, such as attention's"),
+                    (self.other_macs, "with weights that have no row"),
+                )
+                if macs
+            ]
+            if self.macs > self.quantized_macs:
+                of_them = f", of them {' and '.join(parts)}" if parts else ""
+                lines.append(f"the others, in float wholly or in part: {self.macs - self.quantized_macs:,}{of_them}")
         return "\n".join([table, "", *lines])
 
 
@@ -133,7 +149,7 @@ def summary(qmodel: nn.Module, inputs: Tensor | Sequence | Mapping[str, object] 
     Raises:
         ApotfxError: `qmodel` does not come from `quantize`; `inputs` is something else.
     """
-    plan = getattr(qmodel, "meta", {}).get("plan")
+    plan = record_of(qmodel).get("plan")
     if plan is None:
         raise ApotfxError("summary: the model has no plan; pass what apotfx.quantize returned")
     if not isinstance(inputs, (Tensor, Sequence, Mapping, type(None))) or isinstance(inputs, str):
@@ -142,11 +158,15 @@ def summary(qmodel: nn.Module, inputs: Tensor | Sequence | Mapping[str, object] 
             "of keyword arguments"
         )
     with _evaluating(qmodel):
-        macs = {} if inputs is None else _count_macs(qmodel, inputs)
-        tensors = _layer_tensors(qmodel, [planned.facts.name for planned in plan.layers])
+        names = [planned.facts.name for planned in plan.layers]
+        args, kwargs = bind(() if inputs is None else inputs)
+        counted = None if inputs is None else count_macs(qmodel, args, kwargs, names)
+        tensors = _layer_tensors(qmodel, names)
     modules = dict(qmodel.named_modules())
+    macs = {} if counted is None else counted.rows
     rows = [_row(p, modules.get(p.facts.name), tensors[p.facts.name], macs) for p in plan.layers]
-    return Summary(tuple(rows), **_totals(qmodel, rows, tensors))
+    rest = (None, None) if counted is None else (counted.activations, counted.others)
+    return Summary(tuple(rows), **_totals(qmodel, rows, tensors), activation_macs=rest[0], other_macs=rest[1])
 
 
 @contextmanager
@@ -158,48 +178,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _count_macs(model: nn.Module, inputs: Tensor | Sequence | Mapping[str, object]) -> Counter[str]:
-    """Multiply-accumulates per layer in one run of `model`."""
-    macs = Counter()
-
-    def counting(name: str):
-        def count(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            given = dict(zip(("input", "weight"), args)) | kwargs
-            weight = given["weight"] if isinstance(layer, FunctionalLayer) else layer.weight
-            # weight[0] is what one output element reads, or, transposed, what one input element adds to.
-            elements = given["input"] if getattr(layer, "transposed", False) else output
-            macs[name] += elements.numel() * weight[0].numel()
-
-        def count_projections(attention: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-            given = dict(zip(("query", "key", "value"), args)) | kwargs
-            weights = _own_tensors(attention)
-            for projection, x in zip(PROJECTIONS, (given["query"], given["key"], given["value"])):
-                macs[f"{name}.{projection}"] += x.numel() * weights[f"{projection}.weight"].shape[0]
-            macs[f"{name}.out_proj"] += output[0].numel() * attention.embed_dim
-
-        return count, count_projections
-
-    hooks = []
-    for name, module in model.named_modules():
-        count, count_projections = counting(name)
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, FunctionalLayer)):
-            hooks.append(module.register_forward_hook(count, with_kwargs=True))
-        elif _is_float_attention(module):
-            hooks.append(module.register_forward_hook(count_projections, with_kwargs=True))
-    args, kwargs = bind(inputs)
-    try:
-        model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return macs
-
-
-def _is_float_attention(module: nn.Module | None) -> bool:
-    """Whether the layers inside stayed in float, so that their weights still are those of torch's attention."""
-    return isinstance(module, nn.MultiheadAttention) and obstacle(module) is None
 
 
 def _own_tensors(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
@@ -222,22 +200,19 @@ class LayerTensors(NamedTuple):
 
 def _layer_tensors(qmodel: nn.Module, names: list[str]) -> dict[str, LayerTensors]:
     modules, parameters = dict(qmodel.named_modules()), dict(qmodel.named_parameters())
-    functional = functional_arguments(qmodel)
-    calls = {node.target: node for node in graph_of(qmodel).nodes if node.op == "call_module"}
     found = {}
     for name in names:
         layer, (parent, _, key) = modules.get(name), name.rpartition(".")
-        if name in functional:
-            made_of = [[attribute(qmodel, path) for path in _constants(node)] for node in calls[name].args[1:]]
-            sources = LayerTensors.of(*(*made_of, [])[:2])
-            weight, bias = functional[name]
-            found[name] = sources._replace(weight=weight.numel(), bias=0 if bias is None else bias.numel())
+        if isinstance(layer, FunctionalLayer):
+            sources = LayerTensors.of(*([] if made is None else made.tensors for made in (layer._weight, layer._bias)))
+            bias = layer.bias
+            found[name] = sources._replace(weight=layer.weight.numel(), bias=0 if bias is None else bias.numel())
         elif layer is not None:
             own = [(k, p) for k, p in layer.named_parameters() if "." not in k or k.startswith("parametrizations.")]
             sources = LayerTensors.of(*([p for k, p in own if ("bias" in k) == is_bias] for is_bias in (False, True)))
             weight = getattr(layer, "weight", None)  # of a parametrized layer what its parameters make
             found[name] = sources._replace(weight=weight.numel()) if isinstance(weight, Tensor) else sources
-        elif _is_float_attention(modules.get(parent)):
+        elif is_float_attention(modules.get(parent)):
             attention, own = modules[parent], _own_tensors(modules[parent])
             packed = attention.in_proj_weight
             sources = LayerTensors.of(
@@ -250,13 +225,6 @@ def _layer_tensors(qmodel: nn.Module, names: list[str]) -> dict[str, LayerTensor
         else:
             found[name] = LayerTensors.of([parameters.get(name)], [])
     return found
-
-
-def _constants(node: fx.Node) -> set[str]:
-    """The paths of the tensors of the network that a constant node is computed from."""
-    if node.op == "get_attr":
-        return {node.target}
-    return set().union(*(_constants(source) for source in node.all_input_nodes))
 
 
 def _row(
@@ -306,7 +274,9 @@ def _totals(qmodel: nn.Module, rows: list[LayerSummary], tensors: dict[str, Laye
 
 def _read_in_float(qmodel: nn.Module, quantized: Iterable[str]) -> set[int]:
     """The ids of the parameters that are more than the weights of the layers `quantized`."""
-    functional = {name for name in quantized if isinstance(qmodel.get_submodule(name), FunctionalLayer)}
-    rest = without_arguments(qmodel, functional)
-    others = (m for name, m in rest.named_modules() if name.split(".parametrizations.")[0] not in quantized)
-    return {id(p) for module in others for p in module.parameters(recurse=False)}
+    read = {
+        id(tensor)
+        for name, tensor in reached_state(qmodel).items()
+        if re.sub(r"\.(parametrizations\..*|[^.]*)$", "", name) not in quantized
+    }
+    return read & {id(p) for p in qmodel.parameters()}

@@ -6,6 +6,7 @@ import torch
 from cycle_helpers import POLICY, calls, cycle, quantized, trained
 from torch import nn
 
+from apotfx.graph.network import record_of
 from apotfx import BitPolicy, Rule, calibrate, plan, quantize
 from apotfx.attention import MultiheadAttention, obstacle, split_attention, split_projections
 
@@ -189,7 +190,7 @@ def test_attention_that_the_policy_leaves_float_stays_torchs(tmp_path):
     qmodel, names = cycle(Attending(), tokens(), tmp_path, BitPolicy((Rule(name="head"),)))
     assert names == ["head"] and type(qmodel.attention) is nn.MultiheadAttention
     assert "attention.in_proj_weight" in qmodel.state_dict()
-    rows = {row.facts.name: row.reason for row in qmodel.meta["plan"].layers}
+    rows = {row.facts.name: row.reason for row in record_of(qmodel)["plan"].layers}
     assert rows["attention.q_proj"] == "float: no rule matches"
 
 
@@ -286,4 +287,4 @@ def test_a_whole_transformer(tmp_path):
     inputs = (tokens(), torch.randn(N, S, 8))
     qmodel, names = cycle(Translating(), inputs, tmp_path)
     assert len(names) == 6 + 10 and calls(qmodel, inputs) == names
-    assert plan(Translating(), POLICY) == qmodel.meta["plan"] and quantized(qmodel) == names
+    assert plan(Translating(), POLICY) == record_of(qmodel)["plan"] and quantized(qmodel) == names

@@ -1,3 +1,4 @@
+import math
 import operator
 
 import pytest
@@ -8,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 from apotfx.graph.facts import LayerFacts, analyze
 from apotfx.graph.passes import Prepared
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.network import graph_of
 
 
 class Net(nn.Module):
@@ -67,6 +68,14 @@ def test_modules_that_keep_the_sign(module):
 
 @pytest.mark.parametrize("module", MAY_BE_NEGATIVE, ids=repr)
 def test_modules_that_may_be_negative(module):
+    assert is_signed(with_module(module, "signed"), module=module)
+
+
+NORMS = [nn.LayerNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), nn.LogSoftmax(1)]
+
+
+@pytest.mark.parametrize("module", NORMS, ids=repr)
+def test_modules_that_may_be_negative_whatever_their_input_is(module):
     assert is_signed(with_module(module, "positive"), module=module)
 
 
@@ -118,11 +127,11 @@ NON_NEGATIVE = {
 }
 SIGNED = {
     "nothing": lambda s, p: s,
-    "gelu": lambda s, p: TF.gelu(p),
-    "tanh": lambda s, p: p.tanh(),
+    "gelu": lambda s, p: TF.gelu(s),
+    "tanh": lambda s, p: s.tanh(),
     "neg": lambda s, p: -p,
     "layer_norm": lambda s, p: TF.layer_norm(p, (4,)),
-    "leaky_relu": lambda s, p: TF.leaky_relu(p),
+    "leaky_relu": lambda s, p: TF.leaky_relu(s),
     "log": lambda s, p: p.log(),
     "p + s": lambda s, p: p + s,
     "s + p": lambda s, p: s + p,
@@ -184,38 +193,74 @@ def test_only_functions_of_torch_are_known_by_name():
     assert analyze(root, graph)[0].signed_input
 
 
-@pytest.mark.parametrize("change", [
-    lambda p, s: p.add_(s), lambda p, s: p.sub_(1), lambda p, s: p.mul_(-1), lambda p, s: p.div_(-1),
-    lambda p, s: p.copy_(s),
-    lambda p, s: p.neg_(), lambda p, s: p.clamp_(-3, -1),
-], ids=["add_", "sub_", "mul_", "div_", "copy_", "neg_", "clamp_"])  # fmt: skip
-def test_a_change_in_place_is_seen_by_later_readers(change):
+# What is written in place, the graph computes as a new value; see test_functional.
+
+
+@pytest.mark.parametrize("change, signed", [
+    (lambda p, s: p.add_(s), True), (lambda p, s: p.sub_(1), True), (lambda p, s: p.mul_(-1), True),
+    (lambda p, s: p.copy_(s), True), (lambda p, s: p.neg_(), True), (lambda p, s: p.clamp_(-3, -1), True),
+    (lambda p, s: operator.iadd(p, -1), True), (lambda p, s: operator.itruediv(p, -2), True),
+    (lambda p, s: operator.setitem(p, 0, s[0]), True), (lambda p, s: p[:, :2].neg_(), True),
+    (lambda p, s: p.add_(1), False), (lambda p, s: p.add_(p).mul_(2), False), (lambda p, s: operator.imul(p, 2), False),
+    (lambda p, s: operator.setitem(p, 0, 1.0), False), (lambda p, s: p[:, :2].add_(1), False),
+    (lambda p, s: p.flatten(1).sqrt_(), False),
+], ids=["add_", "sub_", "mul_", "copy_", "neg_", "clamp_", "iadd", "itruediv", "setitem", "view", "add_-1", "twice", "imul",
+        "setitem-1", "view-1", "flatten"])  # fmt: skip
+def test_a_change_in_place_is_seen_by_later_readers(change, signed):
     def between(net, signed, positive):
         change(positive, signed)
         return positive
 
-    assert is_signed(between)
+    assert planned_facts(Net(between))["last"].signed_input is signed
 
 
-@pytest.mark.parametrize("change, operand, signed", [
-    (operator.iadd, 1, False), (operator.iadd, -1, True), (operator.isub, 1, True), (operator.imul, 2, False),
-    (operator.imul, -2, True), (operator.itruediv, -2, True),
-])  # fmt: skip
-def test_a_change_by_an_operator_is_seen_by_later_readers(change, operand, signed):
-    graph = fx.Graph()  # symbolic tracing makes x + 1 of x += 1
-    y = graph.call_function(torch.relu, (graph.placeholder("x"),))
-    graph.call_function(change, (y, operand))
-    graph.output(graph.call_module("layer", (y,)))
-    assert analyze(nn.ModuleDict({"layer": nn.Linear(2, 2)}), graph)[0].signed_input is signed
-
-
-def test_a_change_in_place_that_keeps_the_sign_changes_nothing():
+def test_a_tensor_that_is_overwritten_as_a_whole_has_the_sign_of_the_new_value():
     def between(net, signed, positive):
-        positive.add_(positive)
-        positive.mul_(2)
-        return positive
+        signed.relu_()
+        return signed
 
-    assert not is_signed(between)
+    assert not planned_facts(Net(between))["last"].signed_input
+
+
+@pytest.mark.parametrize("between, low, high", [
+    (lambda net, s, p: s.clamp(-0.5, 2), -0.5, 2), (lambda net, s, p: TF.relu6(s) / 2 - 1, -1, 2),
+    (lambda net, s, p: TF.gelu(s), -0.17004, math.inf), (lambda net, s, p: torch.cat([s.sigmoid(), s.tanh()]), -1, 1),
+    (lambda net, s, p: s, -math.inf, math.inf), (lambda net, s, p: -p, -math.inf, 0),
+    (lambda net, s, p: torch.fft.fft(s).abs(), 0, math.inf), (lambda net, s, p: torch.fft.fft(p).real, -math.inf, math.inf),
+], ids=["clamp", "relu6", "gelu", "cat", "layer", "neg", "complex", "real"])  # fmt: skip
+def test_the_range_of_an_input(between, low, high):
+    facts = planned_facts(Net(between))["last"]
+    assert facts.input_range == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert facts.signed_input is (low < 0)
+
+
+def test_the_range_of_the_inputs_of_all_calls():
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x.sigmoid())
+            return self.layer(TF.relu6(y) + 2) + self.layer(y.clamp(-3, 1))
+
+    assert planned_facts(Thrice())["layer"].input_range == (-3, 8)
+
+
+def test_what_a_hook_or_a_leaf_hides_has_no_range():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x.relu()) if x.sum() > 0 else x
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Whole(), nn.ReLU(), nn.Linear(4, 4))
+    model[4].register_forward_pre_hook(lambda module, args: (-args[0],))
+    facts = planned_facts(model)
+    for name in ("2.inner", "4"):
+        assert facts[name].signed_input and facts[name].input_range == (-math.inf, math.inf)
 
 
 def test_the_input_of_the_model_is_signed():
@@ -383,7 +428,10 @@ SIGN_REASONS = {
     "the network's input x can be negative": lambda x, y, layer: x.flatten(1),
     "layer (Linear) can be negative": lambda x, y, layer: layer(x),
     "relu (relu) is never negative": lambda x, y, layer: torch.relu(layer(x)).mean(1, keepdim=True).expand(-1, 4),
-    "sub (sub) can be negative": lambda x, y, layer: torch.relu(layer(x)) - 1,
+    "sub (sub) can be negative, down to -1": lambda x, y, layer: torch.relu(layer(x)) - 1,
+    "gelu (gelu) can be negative, down to -0.17": lambda x, y, layer: TF.gelu(layer(x)).flatten(1),
+    "interpolate (interpolate) can be negative": lambda x, y, layer: TF.interpolate(
+        torch.relu(layer(x))[:, None, None], (1, 4), mode="bicubic")[:, 0, 0],
     "add (add) can be negative": lambda x, y, layer: torch.relu(layer(x)) + y,
     "add (add) is never negative": lambda x, y, layer: torch.relu(layer(x)) + torch.exp(y),
     "the network's input y can be negative": lambda x, y, layer: TF.dropout(y, 0.1, False),
@@ -491,8 +539,28 @@ def test_a_subclass_is_a_layer_and_one_with_a_forward_of_its_own_is_traced_throu
 UNLISTED = [
     lambda x, m: x @ x.mT, lambda x, m: torch.bmm(x, x.mT), lambda x, m: x * m.p[0, 0],
     lambda x, m: TF.layer_norm(x, (4,), m.p[0, 0]), lambda x, m: TF.scaled_dot_product_attention(x, x, x),
+    lambda x, m: TF.scaled_dot_product_attention(x, x, x, m.p), lambda x, m: torch.baddbmm(m.p, x, x),
+    lambda x, m: (x * m.q).sum((-3, -2)), lambda x, m: (x * 2).sum(-1), lambda x, m: (x * x).sum(-1), lambda x, m: x * m.p,
+    lambda x, m: TF.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if m.training else 0.0),
+    lambda x, m: (x * m.s).sum(-1),
 ]  # fmt: skip
 REMAINING = {
+    "inner": (lambda x, m: torch.inner(x, m.p), "inner", "torch.inner"),
+    "dot": (lambda x, m: torch.dot(x[0, 0], m.p[0, 0]), "dot", "torch.dot"),
+    "outer": (lambda x, m: torch.outer(x[0, 0], m.p[0, 0]), "outer", "torch.outer"),
+    "kron": (lambda x, m: torch.kron(x, m.p), "kron", "torch.kron"),
+    "multi_dot": (lambda x, m: torch.linalg.multi_dot([x[0], m.p[0], m.p[1]]), "linalg_multi_dot", "torch.linalg_multi_dot"),
+    "chain_matmul": (lambda x, m: torch.chain_matmul(x[0], m.p[0]), "chain_matmul", "torch.chain_matmul"),
+    "vecdot": (lambda x, m: torch.linalg.vecdot(x, m.p), "linalg_vecdot", "torch.linalg_vecdot"),
+    "addmv": (lambda x, m: torch.addmv(m.p[0, 0], x[0], m.p[0, 1]), "addmv", "torch.addmv"),
+    "baddbmm": (lambda x, m: torch.baddbmm(x, x, m.p), "baddbmm", "torch.baddbmm"),
+    "conv_tbc": (lambda x, m: torch.conv_tbc(x, m.p, m.p[0, 0]), "conv_tbc", "torch.conv_tbc"),
+    "learned-queries": (lambda x, m: TF.scaled_dot_product_attention(m.p, x, x), "scaled_dot_product_attention",
+                        "torch.scaled_dot_product_attention"),
+    "mul-sum": (lambda x, m: (x[..., None, :] * m.p[0]).sum(-1), "mul", "torch.mul"),
+    "mul-sum-of-dim": (lambda x, m: torch.mul(m.p[0].t(), x.unsqueeze(-1)).sum(dim=2), "mul", "torch.mul"),
+    "mul-sum-of-all": (lambda x, m: torch.sum(x * m.p), "mul", "torch.mul"),
+    "mul-of-computed": (lambda x, m: (x[..., None, :] * m.p[0].abs()).sum(-1), "mul", "torch.mul"),
     "weight-of-input": (lambda x, m: TF.linear(x, x[0]), "linear", "F.linear"),
     "weight-times-input": (lambda x, m: TF.linear(x, m.p[0] * x.mean()), "linear", "F.linear"),
     "bmm": (lambda x, m: torch.bmm(x, m.p), "bmm", "torch.bmm"),
@@ -511,6 +579,7 @@ class Product(nn.Module):
     def __init__(self, compute):
         super().__init__()
         self.layer, self.p, self.compute = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4, 4)), compute
+        self.q, self.s = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         return self.compute(self.layer(x), self)
@@ -526,7 +595,10 @@ def test_products_with_weights_that_stay_float_are_listed_with_a_reason(compute,
     assert expected in facts[name].obstacle
 
 
-@pytest.mark.parametrize("compute", UNLISTED, ids=["x-xT", "bmm", "scale", "layer_norm", "attention"])
+@pytest.mark.parametrize("compute", UNLISTED, ids=[
+    "x-xT", "bmm", "scale", "layer_norm", "attention", "mask", "bias", "scale-sum", "number-sum", "square-sum", "no-sum",
+    "dropout", "scalar-sum",
+])
 def test_products_of_results_are_no_layers(compute):
     assert list(planned_facts(Product(compute))) == ["layer"]
 

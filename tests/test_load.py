@@ -41,7 +41,7 @@ def test_a_mixed_policy(tmp_path):
     types = {name: type(module) for name, module in imodel.named_modules()}
     integers = {name for name, kind in types.items() if kind is IntegerLayer}
     assert integers == {"conv1", "conv3", "pointwise", "fc"} and types["conv2"] is nn.Conv2d
-    assert [imodel.get_submodule(name).weight.dtype for name in ("conv1", "conv3", "pointwise", "fc")] == [
+    assert [imodel.get_submodule(name).levels.dtype for name in ("conv1", "conv3", "pointwise", "fc")] == [
         torch.int8, torch.int16, torch.float32, torch.int8,
     ]  # fmt: skip
 

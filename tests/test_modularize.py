@@ -9,6 +9,7 @@ from cycle_helpers import CHANNEL, POLICY, calls, check_equal, cycle, loaded, qu
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from apotfx.graph.network import record_of
 from apotfx import ApotfxError, BitPolicy, Rule, calibrate, export_integer, plan, quantize, read_integer
 from apotfx.layers import FunctionalLayer, QuantFunctional
 
@@ -173,7 +174,7 @@ def test_a_module_called_twice_has_a_functional_layer_per_call(tmp_path):
 
     qmodel, names = cycle(Repeated(), torch.randn(5, 6), tmp_path)
     assert names == ["block.0.linear", "block.0.linear_1"]
-    assert [row.facts.signed_input for row in qmodel.meta["plan"].layers] == [True, False]
+    assert [row.facts.signed_input for row in record_of(qmodel)["plan"].layers] == [True, False]
 
 
 def test_the_parameters_keep_their_names_and_values():
@@ -314,7 +315,7 @@ def test_lazy_layers_are_layers_once_they_have_shapes(do):
         do(model, POLICY)
     model(x)
     done = do(model, POLICY)
-    assert [row.quantized for row in (done if do is plan else done.meta["plan"]).layers] == [True, True]
+    assert [row.quantized for row in (done if do is plan else record_of(done)["plan"]).layers] == [True, True]
 
 
 # Subclasses.

@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import fx, nn
 
 import apotfx
+from apotfx.graph.network import record_of
 from apotfx.layers import QuantLayer
 from apotfx.policy import BitPolicy, Rule
 from apotfx.training import monitor as module
@@ -166,7 +167,7 @@ def test_closing_twice(tmp_path):
 
 
 def test_plan_is_a_markdown_table(tmp_path):
-    plan = quantized_net().meta["plan"]
+    plan = record_of(quantized_net())["plan"]
     with Monitor(tmp_path) as monitor:
         monitor.plan(plan)
     (event,) = read(tmp_path).Tensors("plan/text_summary")

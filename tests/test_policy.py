@@ -516,3 +516,28 @@ def test_plans_and_policies_are_values():
     assert resolve(policy, LAYERS) == resolve(BitPolicy.default(), LAYERS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.rules = ()
+
+
+def test_what_the_data_says_stands_beside_what_the_graph_says():
+    plan = resolve(BitPolicy.default(4), LAYERS)
+    seen = plan.with_observed({"conv1": (-1, 2), "layer1.0.conv1": (0, 5.5), "layer2.0.conv1": (0.0, 3), "fc": (-1e-9, 1)})
+    signs = [row[4] for row in seen.rows()]
+    assert signs == ["signed", "unsigned", "unsigned", "signed, never negative in the data", "unsigned, negative in the data"]
+    assert [row[4] for row in plan.rows()] == ["signed", "unsigned", "unsigned", "signed", "unsigned"]
+    assert "signed, never negative in the data" in str(seen)
+    lines = seen.layers[3].explain().splitlines()
+    assert [line.strip() for line in lines[2:4]] == ["input signed, never negative in the data", "input in the data from 0 to 3"]
+    assert seen.layers[1].observed_range == (0.0, 5.5) and seen.layers[2].observed_range is None
+    again = seen.with_observed({"layer2.0.conv1": (-2, 3)})  # a later calibration
+    assert again.layers[3].sign == "signed" and again.layers[1] == seen.layers[1]
+    assert dataclasses.replace(seen.layers[3], observed_range=None) == plan.layers[3]
+
+
+@pytest.mark.parametrize("ranges, message", [
+    ({"conv9": (0, 1)}, "plan: has no layer 'conv9'; the layers are"),
+    ({"conv1": (1, 0)}, r"plan: range \(1, 0\) of layer conv1 is empty"),
+    ({"conv1": (float("nan"), 0)}, r"plan: range \(nan, 0\) of layer conv1 is empty"),
+])  # fmt: skip
+def test_what_the_data_cannot_say(ranges, message):
+    with pytest.raises(ApotfxError, match=message):
+        resolve(BitPolicy.default(4), LAYERS).with_observed(ranges)

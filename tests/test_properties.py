@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import apotfx
+from apotfx.graph.network import record_of
 from apotfx.layers import QuantLayer
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.network import graph_of
 
 CHANNELS = 4  # of every block's input and output, so that blocks fit together in any order
 
@@ -191,7 +192,7 @@ def test_a_quantized_network_keeps_what_it_must(network: nn.Module, policy: apot
     expected = network(images)
     network.load_state_dict(before)
     qmodel = apotfx.quantize(network, policy)
-    note(str(qmodel.meta["plan"]))
+    note(str(record_of(qmodel)["plan"]))
     _check_plan(qmodel)
     _check_state(qmodel, network, before)
 
@@ -222,13 +223,13 @@ def _prefix(network: nn.Module) -> str:
 
 def _check_plan(qmodel: nn.Module) -> None:
     modules = dict(qmodel.named_modules())
-    for planned in qmodel.meta["plan"].layers:
+    for planned in record_of(qmodel)["plan"].layers:
         layer = modules.get(planned.facts.name)
         assert isinstance(layer, QuantLayer) == planned.quantized, planned
         if planned.quantized:
             for quantizer, levels in ((layer.weight_quantizer, planned.weight), (layer.input_quantizer, planned.input)):
                 assert (quantizer and quantizer.levels) == levels
-    names = {planned.facts.name for planned in qmodel.meta["plan"].layers if planned.quantized}
+    names = {planned.facts.name for planned in record_of(qmodel)["plan"].layers if planned.quantized}
     assert names == {name for name, module in qmodel.named_modules(remove_duplicate=False) if isinstance(module, QuantLayer)}
 
 

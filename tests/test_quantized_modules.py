@@ -10,6 +10,7 @@ import torch.nn.functional as TF
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from apotfx.graph.network import record_of
 from apotfx import BitPolicy, Rule, calibrate, export_integer, load_integer, quantize
 from apotfx.layers import QuantLayer
 
@@ -107,7 +108,7 @@ def test_a_copy_is_the_same_network(kind, duplicate, tmp_path):
     copied = duplicate(qmodel)
     assert torch.equal(copied(images()), qmodel(images()))
     if duplicate is copy.deepcopy or kind == "untraced":  # torch.fx pickles no meta, and names nodes anew
-        assert copied.meta["plan"] == qmodel.meta["plan"] and copied.meta["leaves"] == qmodel.meta["leaves"]
+        assert record_of(copied)["plan"] == record_of(qmodel)["plan"] and record_of(copied)["leaves"] == record_of(qmodel)["leaves"]
         imodel = load_integer(export_integer(copied, tmp_path / "export"), wholes()[kind])
         assert torch.equal(imodel(images()), qmodel(images()))
     if kind == "traced" or duplicate is copy.deepcopy:

@@ -13,7 +13,8 @@ from cycle_helpers import POLICY, call, calls, cycle, loaded, quantized, trained
 from torch import fx, nn
 
 from apotfx import ApotfxError, BitPolicy, Rule, load_integer, plan, quantize, summary, trace
-from apotfx.graph.tracing import bind, graph_of
+from apotfx.graph.network import graph_of, record_of
+from apotfx.graph.tracing import bind
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def facts(model):
     return {row.facts.name: row.facts for row in plan(model, POLICY).layers}
 
 
-ON_VALUES = r"test_tracing.py:\d+ `if x.sum\(\) > 1e9:`, TraceError: symbolically traced variables cannot be used as"
+ON_VALUES = r"test_tracing.py:\d+ `if x.sum\(\) > 1e9:`, its forward asks for bool of gt, which is not known while tracing"
 
 
 # Leaves.
@@ -67,7 +68,7 @@ ON_VALUES = r"test_tracing.py:\d+ `if x.sum\(\) > 1e9:`, TraceError: symbolicall
 def test_a_module_with_control_flow_on_values_is_a_leaf(tmp_path):
     model, x = Around(OnValues()), torch.randn(5, 6)
     qmodel, names = cycle(model, x, tmp_path)
-    assert isinstance(qmodel, fx.GraphModule) and list(qmodel.meta["leaves"]) == ["inner"]
+    assert isinstance(qmodel, fx.GraphModule) and list(record_of(qmodel)["leaves"]) == ["inner"]
     assert names == ["first", "inner.a", "inner.b", "last"] == calls(qmodel, x)
     assert type(model.inner.a) is nn.Linear and not hasattr(model, "meta")
 
@@ -109,7 +110,7 @@ def test_leaves_inside_what_can_be_traced_and_inside_leaves(tmp_path):
     inner = ["1.inner.0.inner.a", "1.inner.0.inner.b", "1.inner.0.a", "1.inner.0.b"]
     expected = ["0", "1.first", *inner, "1.last", "2.first", "2.inner.a", "2.inner.b", "2.last"]
     assert calls(qmodel, x) == expected and sorted(names) == sorted(expected)
-    assert {"1.inner.0", "2.inner"} <= qmodel.meta["leaves"].keys() and "1" not in qmodel.meta["leaves"]
+    assert {"1.inner.0", "2.inner"} <= record_of(qmodel)["leaves"].keys() and "1" not in record_of(qmodel)["leaves"]
 
 
 def test_the_parameters_of_a_leaf_are_listed():
@@ -171,7 +172,7 @@ def test_a_buffer_that_forward_changes_goes_on_changing(in_place, wrap):
         qmodel(torch.randn(5, 6))
         assert qmodel.get_buffer(name) == calls_so_far
     assert model.get_buffer(name) == 0
-    assert "changes its buffer count" in next(iter(qmodel.meta["leaves"].values()))
+    assert "changes its buffer count" in next(iter(record_of(qmodel)["leaves"].values()))
 
 
 # A whole model without a graph.
@@ -181,7 +182,7 @@ def test_a_model_that_cannot_be_traced_is_quantized_all_the_same(tmp_path):
     model, x = OnValues(), torch.randn(5, 6)
     qmodel, names = cycle(model, x, tmp_path)
     assert type(qmodel) is OnValues and names == ["a", "b"] == calls(qmodel, x)
-    assert qmodel.meta["plan"] == plan(model, POLICY) and list(qmodel.meta["leaves"]) == [""]
+    assert record_of(qmodel)["plan"] == plan(model, POLICY) and list(record_of(qmodel)["leaves"]) == [""]
     assert len(graph_of(qmodel).nodes) == 0 and not hasattr(model, "meta") and type(model.a) is nn.Linear
 
 
@@ -223,7 +224,7 @@ def test_the_batch_norms_of_a_model_without_a_graph(tmp_path):
 
 def test_control_flow_on_shapes_without_example_inputs_keeps_a_module_whole(tmp_path):
     qmodel, names = cycle(Around(OnShapes()), torch.randn(5, 6), tmp_path)
-    assert "inner" in qmodel.meta["leaves"] and names == ["first", "inner.a", "inner.b", "last"]
+    assert "inner" in record_of(qmodel)["leaves"] and names == ["first", "inner.a", "inner.b", "last"]
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 2, 6)], ids=str)
@@ -233,9 +234,9 @@ def test_control_flow_on_shapes_follows_example_inputs(shape, wrap, tmp_path):
     if wrap is Around:
         model.first = nn.Linear(6, 6)
     qmodel, _ = cycle(model, x, tmp_path, example_inputs=x)
-    assert isinstance(qmodel, fx.GraphModule) and qmodel.meta["leaves"] == {}
-    assert plan(model, POLICY, example_inputs=x) == qmodel.meta["plan"]
-    found = {row.facts.name: row.facts for row in qmodel.meta["plan"].layers}
+    assert isinstance(qmodel, fx.GraphModule) and record_of(qmodel)["leaves"] == {}
+    assert plan(model, POLICY, example_inputs=x) == record_of(qmodel)["plan"]
+    found = {row.facts.name: row.facts for row in record_of(qmodel)["plan"].layers}
     assert not found["b" if "b" in found else "inner.b"].signed_input
 
 
@@ -255,7 +256,7 @@ def test_loops_on_shapes_follow_example_inputs(loop, tmp_path):
 
     x = torch.randn(5, 6)
     qmodel, names = cycle(Looping(), x, tmp_path, example_inputs=x)
-    assert qmodel.meta["leaves"] == {} and names == ["a", "b"] and calls(qmodel, x) == ["a", "a", "b"]
+    assert record_of(qmodel)["leaves"] == {} and names == ["a", "b"] and calls(qmodel, x) == ["a", "a", "b"]
 
 
 def test_a_module_whose_path_depends_on_the_mode_is_a_leaf():
@@ -266,14 +267,14 @@ def test_a_module_whose_path_depends_on_the_mode_is_a_leaf():
     x = torch.randn(5, 6)
     qmodel = trained(Around(Modal()), x)
     y = qmodel(x)
-    assert qmodel.meta["leaves"] == {"inner": "its forward takes another path in training than in evaluation"}
+    assert record_of(qmodel)["leaves"] == {"inner": "its forward takes another path in training than in evaluation"}
     assert not torch.equal(qmodel.train()(x), y) and torch.equal(qmodel.eval()(x), y)
 
 
 def test_what_the_example_inputs_make_forward_raise_is_the_reason():
     qmodel = quantize(Around(OnShapes()), POLICY, example_inputs=torch.randn(5, 1, 6))
     assert re.fullmatch(
-        'test_tracing.py:.* `raise ValueError."one token".`, ValueError: one token', qmodel.meta["leaves"]["inner"]
+        'test_tracing.py:.* `raise ValueError."one token".`, ValueError: one token', record_of(qmodel)["leaves"]["inner"]
     )
 
 
@@ -282,7 +283,7 @@ def test_example_inputs_hold_no_values():
     x = torch.randn(5, 6)
     before = x.clone()
     qmodel = quantize(Around(OnValues()), POLICY, example_inputs=x)
-    assert list(qmodel.meta["leaves"]) == ["inner"] and torch.equal(x, before)
+    assert list(record_of(qmodel)["leaves"]) == ["inner"] and torch.equal(x, before)
 
 
 class Arguments(nn.Module):
@@ -303,8 +304,8 @@ def test_arguments_can_be_fixed(tmp_path):
     fixed = {"act": True, "repeats": 1, "scale": 0.5, "mask": None}
     model, x = Arguments(), torch.randn(5, 6)
     qmodel, names = cycle(model, x, tmp_path, concrete_args=fixed)
-    assert isinstance(qmodel, fx.GraphModule) and qmodel.meta["leaves"] == {} and names == ["a", "b"]
-    assert not qmodel.meta["plan"].layers[1].facts.signed_input
+    assert isinstance(qmodel, fx.GraphModule) and record_of(qmodel)["leaves"] == {} and names == ["a", "b"]
+    assert not record_of(qmodel)["plan"].layers[1].facts.signed_input
     assert [node.target for node in qmodel.graph.nodes if node.op == "placeholder"] == ["x"]
     float_model = trace(copy.deepcopy(model), concrete_args=fixed)
     torch.testing.assert_close(float_model(x), model(x, act=True, repeats=1, scale=0.5))
@@ -325,7 +326,7 @@ def test_an_input_that_the_examples_lack_is_named():
     with pytest.raises(ApotfxError, match="example_inputs: the model's input y is missing; pass an example for it"):
         quantize(Two(), POLICY, example_inputs=torch.randn(5, 6))
     for inputs in ([torch.randn(5, 6)] * 2, {"x": torch.randn(5, 6), "y": torch.randn(5, 6)}):
-        assert quantize(Two(), POLICY, example_inputs=inputs).meta["leaves"] == {}
+        assert record_of(quantize(Two(), POLICY, example_inputs=inputs))["leaves"] == {}
 
 
 @pytest.mark.parametrize("inputs, expected", [
@@ -411,8 +412,8 @@ class Dict(Inputs):
 ], ids=["positional", "keyword", "dict", "by-name"])  # fmt: skip
 def test_several_inputs(make, arrange, tmp_path):
     inputs = arrange(torch.randn(5, 6), torch.randn(5, 6))
-    qmodel, _ = cycle(make(None), inputs, tmp_path)
-    found = {row.facts.name: row.facts for row in qmodel.meta["plan"].layers}
+    qmodel, _ = cycle(make(None), inputs, tmp_path, example_inputs=inputs)
+    found = {row.facts.name: row.facts for row in record_of(qmodel)["plan"].layers}
     assert found["a"].is_first and found["b"].is_first and found["head"].is_last and not found["a"].is_last
     assert call(qmodel, inputs)[0].shape == (5, 2)
 
@@ -443,7 +444,7 @@ def test_a_graph_module_and_one_inside_a_model(tmp_path):
     traced, x = fx.symbolic_trace(Around(nn.Identity())), torch.randn(5, 6)
     for i, model in enumerate((traced, nn.Sequential(traced, nn.ReLU(), nn.Linear(2, 2)))):
         qmodel, names = cycle(model, x, tmp_path / str(i))
-        assert len(names) == 2 + i and qmodel.meta["leaves"] == {}
+        assert len(names) == 2 + i and record_of(qmodel)["leaves"] == {}
         assert names[0] == ("first" if not i else "0.first")
 
 
@@ -458,7 +459,7 @@ def test_recurrent_layers_are_listed_and_stay(make, tmp_path):
             return self.head(self.rnn(self.embed(x))[0][:, -1])
 
     qmodel, names = cycle(Recurrent(), torch.randn(5, 3, 6), tmp_path)
-    rows = {row.facts.name: row for row in qmodel.meta["plan"].layers}
+    rows = {row.facts.name: row for row in record_of(qmodel)["plan"].layers}
     assert names == ["embed", "head"] and rows["rnn"].reason == f"float: {make.__name__} has no quantized version"
     assert rows["head"].facts.signed_input and not rows["embed"].facts.is_last
 
@@ -474,7 +475,7 @@ def test_hooks_of_containers_and_of_the_model_still_run(tmp_path):
     model.first.register_forward_hook(lambda *_: seen.append("first"))
     qmodel, names = cycle(model, x, tmp_path)
     assert names == ["first", "inner.0", "last"]
-    assert qmodel.meta["leaves"] == {"inner": "it has hooks, which run when it is called"}
+    assert record_of(qmodel)["leaves"] == {"inner": "it has hooks, which run when it is called"}
     seen.clear()
     y = qmodel(x)
     assert seen == ["first", "inner", "model"]
@@ -482,13 +483,13 @@ def test_hooks_of_containers_and_of_the_model_still_run(tmp_path):
     assert not torch.equal(qmodel(x), y)
 
 
-def test_trace_is_public_and_returns_a_graph_module_as_it_is():
+def test_trace_is_public_and_traces_a_graph_module_again():
     model = Around(nn.Sequential(nn.Linear(6, 6)))
     graph_module = trace(model)
-    assert isinstance(graph_module, fx.GraphModule) and trace(graph_module) is graph_module
+    assert isinstance(graph_module, fx.GraphModule) and trace(graph_module).code == graph_module.code
     assert graph_module.first is model.first and graph_module.get_submodule("inner.0") is model.inner[0]
     x = torch.randn(5, 6)
-    assert torch.equal(graph_module(x), model(x)) and trace(OnValues()).meta["leaves"].keys() == {""}
+    assert torch.equal(graph_module(x), model(x)) and record_of(trace(OnValues()))["leaves"].keys() == {""}
 
 
 def test_dropout_inside_a_leaf_follows_the_mode():

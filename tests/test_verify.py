@@ -187,8 +187,8 @@ def change(network, name, buffer, index):
 
 
 @pytest.mark.parametrize("name, buffer, index, where, part", [
-    ("conv1", "weight", 5, "conv1", "accumulators"), ("conv2", "weight", 0, "conv2", "accumulators"),
-    ("fc", "weight", 7, "fc", "accumulators"), ("conv3", "scale", 0, "conv3", "outputs"),
+    ("conv1", "levels", 5, "conv1", "accumulators"), ("conv2", "levels", 0, "conv2", "accumulators"),
+    ("fc", "levels", 7, "fc", "accumulators"), ("conv3", "scale", 0, "conv3", "outputs"),
     ("conv3", "bias", 2, "conv3", "outputs"), ("pointwise", "input_clip", 0, "pointwise", "codes"),
     ("bn1", "offset", 3, "bn1", "outputs"), ("bn2", "multiplier", 1, "bn2", "outputs"),
 ])  # fmt: skip
@@ -215,7 +215,7 @@ def values(network, name, part):
 
 def test_a_difference_is_found_in_the_batch_and_the_image_that_it_is_in(networks):
     qmodel, imodel = networks
-    change(imodel, "conv1", "weight", 0)
+    change(imodel, "conv1", "levels", 0)
     x = torch.zeros(5, 2, 8, 8)
     x[3] = data()[0]
     for batch_size in (1, 2, 5):
@@ -237,7 +237,7 @@ def test_other_predictions_are_counted(networks):
 def test_a_layer_of_the_onednn_backend_that_diverges_is_named(networks):
     qmodel, imodel = networks
     altered = copy.deepcopy(imodel)
-    change(altered, "pointwise", "weight", 3)
+    change(altered, "pointwise", "levels", 3)
     comparisons, _ = compare(qmodel, {"reference": imodel, "onednn": onednn.ByteNetwork(altered)}, [data()])
     assert comparisons["reference"].first is None
     assert comparisons["onednn"].first.name == "pointwise" and comparisons["onednn"].first.first[0] == "accumulators"
@@ -561,5 +561,5 @@ def test_a_damaged_checkpoint_gives_2(run, capsys):
 
 
 def test_batches_of_images_and_labels_are_refused():
-    with pytest.raises(ApotfxError, match="verify: expected batches that are tensors of images, got a tuple"):
+    with pytest.raises(ApotfxError, match="verify: a batch is no input of the network"):
         compare(nn.Identity(), {}, [(torch.zeros(1), torch.zeros(1))])

@@ -22,6 +22,7 @@ from bench_common import (
 from torch import nn
 
 import apotfx
+from apotfx.graph.network import record_of
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 
 NETWORK = "resnet152"
@@ -43,7 +44,7 @@ def measure(model: nn.Module, policy: apotfx.BitPolicy, rounds: int) -> dict:
         qmodel = apotfx.quantize(model, policy)
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
-    layers = sum(planned.quantized for planned in qmodel.meta["plan"].layers)
+    layers = sum(planned.quantized for planned in record_of(qmodel)["plan"].layers)
     times = quartiles(seconds[1:])
     return {
         "layers": layers,

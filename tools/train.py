@@ -18,6 +18,7 @@ from apotfx.engine import ENGINES, Choice
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
 from apotfx.policy import BitPolicy
+from apotfx.graph.network import record_of
 from apotfx.graph.passes import plan
 from apotfx.training.build import (
     Network,
@@ -277,7 +278,7 @@ def train(job: Job) -> None:
         # What was logged at the step of the checkpoint stays.
         with Monitor(run_dir, purge_step=trainer.step + 1 if resume else None, enabled=processes.is_main) as monitor:
             if resume is None:
-                monitor.plan(network.qmodel.meta["plan"])
+                monitor.plan(record_of(network.qmodel)["plan"])
                 monitor.graph(network.qmodel)
             trainer.fit(run_dir, monitor, print_freq=job.args.print_freq, profile="profile" in job.args)
             processes.wait()

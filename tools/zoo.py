@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo_networks import LISTS, Subject, missing
 
 import apotfx
+from apotfx.graph.network import record_of
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
@@ -99,7 +100,7 @@ def quantized(
         return qmodel, time.perf_counter() - start
 
     qmodel, row["seconds_quantize"] = timed(None)
-    if qmodel.meta["leaves"]:
+    if record_of(qmodel)["leaves"]:
         other, seconds = timed(inputs)
         if hidden_layers(other) < hidden_layers(qmodel):
             row |= {"seconds_quantize": seconds, "example_inputs": True}
@@ -109,11 +110,11 @@ def quantized(
 
 def hidden_layers(qmodel: nn.Module) -> tuple[int, int]:
     """(layers in float, leaves)."""
-    return sum(not planned.quantized for planned in qmodel.meta["plan"].layers), len(qmodel.meta["leaves"])
+    return sum(not planned.quantized for planned in record_of(qmodel)["plan"].layers), len(record_of(qmodel)["leaves"])
 
 
 def layer_facts(qmodel: nn.Module) -> dict:
-    layers, leaves = qmodel.meta["plan"].layers, qmodel.meta["leaves"]
+    layers, leaves = record_of(qmodel)["plan"].layers, record_of(qmodel)["leaves"]
     unquantized = defaultdict(list)
     for planned in layers:
         if not planned.quantized:

@@ -1,48 +1,29 @@
 """Facts about a traced graph: which layers there are, the sign of their inputs, what stands around them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from apotfx.attention import obstacle as attention_obstacle
-from apotfx.layers import FunctionalLayer, float_type_of, kind_of
-from apotfx.modules import has_hooks
-from apotfx.reproducible import Average
+from apotfx.graph.operations import torch_name, undecorated, writes
+from apotfx.graph.ranges import UNKNOWN, Interval, Ranges, hull
 from apotfx.graph.tracing import ByMode
+from apotfx.layers import FunctionalLayer, float_type_of, kind_of
+from apotfx.modules import attribute, has_hooks
+from apotfx.reproducible import Average
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronized or not
 FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)}
 # What multiplies with weights besides them, and has no quantized version.
 OTHER_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
-PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear"}
-
-# Modules, functions and methods of torch and torchvision by what they do to the sign of their input.
-NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
-PRESERVING_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
-)  # fmt: skip
-NON_NEGATIVE_FUNCTIONS = {
-    "relu", "relu_", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp",
-}  # fmt: skip
-PRESERVING_FUNCTIONS = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth", "channel_shuffle", "pixel_shuffle",
-    "flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "expand", "repeat",
-    "t", "swapaxes", "swapdims", "movedim", "moveaxis", "exchange_last_two",
-    "contiguous", "clone", "detach", "to", "float", "roll", "flip", "getitem", "chunk", "split", "unbind",
-    "mean", "sum", "amax", "sqrt",
-}  # fmt: skip
-IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
-COMBINING_FUNCTIONS = {
-    "add", "add_", "iadd", "mul", "mul_", "imul", "truediv", "div", "matmul", "bmm", "maximum",
+PRODUCTS = {
+    "matmul", "rmatmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "addr", "inner", "outer", "ger", "dot",
+    "vdot", "kron", "einsum", "tensordot", "bilinear", "chain_matmul", "linalg_multi_dot", "linalg_matmul", "linalg_vecdot",
+    "smm", "hspmm", "sspaddmm", "_sparse_mm", "scaled_dot_product_attention", "multi_head_attention_forward", "conv_tbc",
+    "convolution", "deform_conv2d", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell", "linear_cross_entropy",
 }  # fmt: skip
 
 
@@ -64,6 +45,8 @@ class LayerFacts:
         kernel_size: of a convolution; () for a linear layer.
         sign_reason: why `signed_input` is what it is.
         position_reason: why `is_first` and `is_last` are what they are.
+        input_range: (low, high) that the inputs of all its calls lie in whatever the network's inputs, weights and mode,
+            as far as float32 is exact; infinite where nothing is known.
     """
 
     name: str
@@ -78,6 +61,7 @@ class LayerFacts:
     kernel_size: tuple[int, ...] = ()
     sign_reason: str = ""
     position_reason: str = ""
+    input_range: tuple[float, float] = (-math.inf, math.inf)
 
 
 def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) -> list[LayerFacts]:
@@ -87,7 +71,8 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
     last, with an obstacle. A module called several times is described by all its calls together.
 
     Args:
-        graph: after `modularize.layers_as_modules`; empty for a model that could not be traced.
+        graph: after `modularize.layers_as_modules`, without writes in place that others see; empty for a model that could
+            not be traced.
         leaves: per module that could not be traced why; "" for `root` itself.
     """
     modules = dict(root.named_modules())
@@ -101,22 +86,23 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
         elif module is not None and (hidden := _hidden_layers(node.target, modules, leaves)):
             calls.setdefault((node.op, node.target), []).append(node)
             inside[node.target] = hidden
-        elif node not in constants and _multiplies_weights(node, constants):
+        elif node not in constants and _multiplies_weights(node, constants, root):
             calls[node.op, node.name] = [node]
 
     around = _Surroundings(graph, {node for nodes in calls.values() for node in nodes})
-    non_negative = non_negative_nodes(graph, modules)
+    ranges = Ranges(graph, modules)
     facts = []
     for (op, name), nodes in calls.items():
         if op == "call_module" and name in inside:
             facts += _hidden_facts(inside[name], name, modules, leaves, *around.position(nodes))
         else:
-            facts.append(_facts(name, nodes, modules, leaves, non_negative, *around.position(nodes)))
+            facts.append(_facts(name, nodes, modules, leaves, ranges, constants, *around.position(nodes)))
     if "" in leaves:
         inside[""] = _hidden_layers("", modules, leaves)
         guess = "there is no graph; in order of registration"
         facts += _hidden_facts(inside[""], "", modules, leaves, True, True, guess)
     known = {name for op, name in calls if op == "call_module"}.union(*inside.values())
+    in_functions = _read_by_functional_layers(modules, known)
     return facts + [
         LayerFacts(
             name,
@@ -130,7 +116,7 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
             sign_reason="nothing calls it",
         )
         for name, module in modules.items()
-        if is_layer(module) and name not in known and not _is_in_function(name, constants, modules)
+        if is_layer(module) and name not in known and not any(path.startswith(f"{name}.") for path in in_functions)
     ]
 
 
@@ -139,10 +125,47 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, FunctionalLayer))
 
 
-def _multiplies_weights(node: fx.Node, constants: set[fx.Node]) -> bool:
+def _multiplies_weights(node: fx.Node, constants: set[fx.Node], root: nn.Module) -> bool:
     """Whether a function that stayed one is a layer, or a product with something that is no result of the network."""
-    name = torch_name(node)
-    return name in FUNCTIONAL_LAYERS or name in PRODUCTS and any(x in constants for x in node.all_input_nodes)
+    name = undecorated(torch_name(node) or "")
+    if name in FUNCTIONAL_LAYERS:
+        return True
+    weights = [x for x in _factors(node, name) if x in constants and _holds_tensor(x)]
+    if name in ("mul", "multiply"):
+        return any(_is_summed(node, weight, root) for weight in weights)
+    return bool(weights) and (name in PRODUCTS or name == "embedding_bag" and "per_sample_weights" in node.kwargs)
+
+
+def _factors(node: fx.Node, name: str) -> list[fx.Node]:
+    """What a product multiplies, without what it adds, such as a bias or a mask."""
+    added = {"addmm", "addmv", "addbmm", "baddbmm", "addr"}
+    args = node.args[1:3] if name in added else node.args[:3] if name == "scaled_dot_product_attention" else node.args
+    others = [value for key, value in node.kwargs.items() if key not in ("input", "attn_mask", "dropout_p")]
+    found: list[fx.Node] = []
+    fx.node.map_arg((args, others if name in added or "attn_mask" in node.kwargs else list(node.kwargs.values())), found.append)
+    return found
+
+
+def _holds_tensor(constant: fx.Node) -> bool:
+    return constant.op == "get_attr" or any(map(_holds_tensor, constant.all_input_nodes))
+
+
+def _is_summed(product: fx.Node, weight: fx.Node, root: nn.Module) -> bool:
+    """Whether an elementwise product is summed over a dimension of `weight`, as a hand-written linear layer does."""
+    sums = [user for user in product.users if torch_name(user) in ("sum", "nansum")]
+    if not sums or weight.op != "get_attr":
+        return bool(sums)
+    shape = attribute(root, weight.target).shape
+    for node in sums:
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else range(-len(shape), 0))
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        if not all(isinstance(d, int) for d in dims):
+            return True
+        rank = max(len(shape), *(d + 1 for d in dims))  # at least: that of the other factor is not known
+        indices = {d if d < 0 else d - r for d in dims for r in (rank, rank + 1)}
+        if any(shape[i] > 1 for i in indices if -len(shape) <= i < 0):
+            return True
+    return False
 
 
 def _hidden_layers(leaf: str, modules: dict[str, nn.Module], leaves: Mapping[str, str]) -> list[str]:
@@ -168,34 +191,48 @@ def _facts(
     nodes: list[fx.Node],
     modules: dict[str, nn.Module],
     leaves: Mapping[str, str],
-    non_negative: dict[fx.Node, bool],
+    ranges: Ranges,
+    constants: set[fx.Node],
     is_first: bool,
     is_last: bool,
     position_reason: str,
 ) -> LayerFacts:
     module = modules.get(name) if nodes[0].op == "call_module" else None
-    inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
-    hooked = module is not None and has_hooks(module)
-    signed = [x for x in inputs if hooked or not non_negative[x]]
+    inputs = [next((x for x in node.all_input_nodes if x not in constants), None) for node in nodes]
+    input_range, sign_reason = _input_range([x for x in inputs if x is not None], ranges, modules)
+    if module is not None and has_hooks(module):
+        input_range, sign_reason = UNKNOWN, "a hook may change it"
     obstacle = _obstacle(module, nodes[0])
     if obstacle and name in leaves:
         obstacle += f", and cannot be traced ({leaves[name]})"
     return LayerFacts(
         name=name,
         type=_type_name(module, nodes[0]),
-        signed_input=bool(signed),
+        signed_input=input_range.low < 0,
         is_first=is_first,
         is_last=is_last,
         feeds_batch_norm=all(_feeds_batch_norm(node, modules) for node in nodes),
         obstacle=obstacle,
         **_shape_facts(module),
-        sign_reason="a hook may change it"
-        if hooked
-        else _sign_reason((signed or inputs)[0], modules, bool(signed))
-        if inputs
-        else "",
+        sign_reason=sign_reason,
         position_reason=position_reason,
+        input_range=tuple(input_range),
     )
+
+
+def _input_range(inputs: list[fx.Node], ranges: Ranges, modules: dict[str, nn.Module]) -> tuple[Interval, str]:
+    """(the range of the inputs of all calls of a layer, which operation decides their sign)."""
+    if not inputs:
+        return UNKNOWN, ""
+    found = hull(*map(ranges.__getitem__, inputs))
+    found = UNKNOWN if math.isnan(found.low) else found  # complex
+    node = ranges.source(next((x for x in inputs if not ranges[x].low >= 0), inputs[0]))
+    if node.op == "placeholder":
+        return found, f"the network's input {node.name} can be negative"
+    what = type(modules[node.target]).__name__ if node.op == "call_module" else torch_name(node)
+    sign = "is never negative" if found.low >= 0 else "can be negative"
+    down = f", down to {found.low:.3g}" if -math.inf < found.low < 0 else ""
+    return found, f"{node.name} ({what or node.op}) {sign}{down}"
 
 
 def _hidden_facts(
@@ -298,22 +335,17 @@ def constant_nodes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterato
     found = set()
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
-        pure = node.op in ("call_function", "call_method") and not _works_in_place(node) or isinstance(module, Average)
+        pure = node.op in ("call_function", "call_method") and not writes(node, modules) or isinstance(module, Average)
         computed = pure and node.all_input_nodes and found.issuperset(node.all_input_nodes)
         if node.op == "get_attr" or isinstance(module, ByMode) or computed:
             found.add(node)
             yield node
 
 
-def _is_in_function(name: str, constants: set[fx.Node], modules: dict[str, nn.Module]) -> bool:
-    """Whether the weight of a module that is never called goes into a functional layer, which is listed instead."""
-    reached = [node for node in constants if node.op == "get_attr" and node.target.startswith(f"{name}.")]
-    for node in reached:
-        for user in node.users:
-            if user.op == "call_module" and isinstance(modules[user.target], FunctionalLayer):
-                return node in user.args[1:]
-        reached += [user for user in node.users if user in constants and user not in reached]
-    return False
+def _read_by_functional_layers(modules: Mapping[str, nn.Module], names: Iterable[str]) -> set[str]:
+    """The paths of the tensors that the weights of functional layers are computed from."""
+    layers = [modules[name] for name in names if isinstance(modules.get(name), FunctionalLayer)]
+    return {path for layer in layers for path in getattr(layer._weight, "sources", ())}
 
 
 def _uncalled(name: str, graph: fx.Graph) -> str:
@@ -363,16 +395,6 @@ def _reached(nodes: Iterator[fx.Node], sources: set[fx.Node], neighbours) -> dic
     return reached
 
 
-def _sign_reason(node: fx.Node, modules: dict[str, nn.Module], signed: bool) -> str:
-    """Which operation decides the sign of `node`, found by going back over those that keep it."""
-    while len(node.all_input_nodes) == 1 and _preserves_sign(node, modules):
-        node = node.all_input_nodes[0]
-    if node.op == "placeholder":
-        return f"the network's input {node.name} can be negative"
-    what = type(modules[node.target]).__name__ if node.op == "call_module" else torch_name(node)
-    return f"{node.name} ({what or node.op}) {'can be' if signed else 'is never'} negative"
-
-
 def _feeds_batch_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return batch_norm_after(node, modules) is not None
 
@@ -383,55 +405,6 @@ def batch_norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> str | None
         return None
     (user,) = node.users
     return user.target if user.op == "call_module" and isinstance(modules[user.target], BATCH_NORMS) else None
-
-
-def non_negative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, bool]:
-    """For every node whether its value is known to be at least 0. What is not known counts as signed."""
-    facts: dict[fx.Node, bool] = {}
-    for node in graph.nodes:
-        facts[node] = _is_non_negative(node, modules, facts)
-        # What works in place also changes what later readers of its first operand see.
-        if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            facts[node.args[0]] &= facts[node]
-    return facts
-
-
-def _works_in_place(node: fx.Node) -> bool:
-    name = torch_name(node) or ""
-    return name in IN_PLACE_OPERATORS or name.endswith("_") and not name.endswith("__")
-
-
-def _is_non_negative(node: fx.Node, modules: dict[str, nn.Module], facts: dict[fx.Node, bool]) -> bool:
-    if node.op == "call_module":
-        module = modules[node.target]
-        if has_hooks(module) or "forward" in vars(module):
-            return False
-        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
-            return module.min_val >= 0
-        if isinstance(module, NON_NEGATIVE_MODULES):
-            return True
-        return _preserves_sign(node, modules) and facts[node.all_input_nodes[0]]
-    name = torch_name(node)
-    if name in NON_NEGATIVE_FUNCTIONS:
-        return True
-    if _preserves_sign(node, modules):
-        return bool(node.all_input_nodes) and facts[node.all_input_nodes[0]]
-    if name in ("clamp", "clamp_min"):
-        low, high = (node.kwargs.get(key, (*node.args, None, None)[i]) for i, key in ((1, "min"), (2, "max")))
-        above = _is_at_least_0(low, facts) or low is None and facts[node.all_input_nodes[0]]
-        return above and (high is None or _is_at_least_0(high, facts))
-    if name in ("cat", "concat", "stack"):
-        return all(facts[x] for x in node.all_input_nodes)
-    if name in COMBINING_FUNCTIONS:
-        return all(_is_at_least_0(x, facts) for x in (*node.args, *node.kwargs.values()))
-    return False
-
-
-def _preserves_sign(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[node.target], PRESERVING_MODULES)
-    transposes = node.target is getattr and node.args[1] in ("T", "mT")
-    return transposes or torch_name(node) in PRESERVING_FUNCTIONS
 
 
 def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
@@ -445,34 +418,5 @@ def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return (0.0, float(module.max_val)) if module.min_val == 0 else None
         return (0.0, math.inf) if type(module) is nn.ReLU else None
-    return {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(torch_name(node))
-
-
-def is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the value of `node` has a single reader and memory that nothing else reads or writes.
-
-    Known of the results of layers, batch norms and additions; views, for example, share their memory.
-    """
-    if len(node.users) != 1:
-        return False
-    if node.op == "call_module":
-        return is_layer(modules[node.target]) or isinstance(modules[node.target], BATCH_NORMS)
-    name = torch_name(node)
-    if name == "iadd":
-        return isinstance(node.args[0], fx.Node) and is_read_once(node.args[0], modules)
-    return name == "add"
-
-
-def _is_at_least_0(x: object, facts: dict[fx.Node, bool]) -> bool:
-    return facts[x] if isinstance(x, fx.Node) else isinstance(x, (int, float)) and x >= 0
-
-
-def torch_name(node: fx.Node) -> str | None:
-    """The name of the torch function or tensor method that a node calls; None for anything else."""
-    if node.op == "call_method":
-        return node.target
-    if node.op != "call_function":
-        return None
-    origin = getattr(node.target, "__module__", None) or "torch"
-    is_torch = origin.split(".")[0] in ("torch", "torchvision", "_operator", "apotfx")
-    return node.target.__name__.removeprefix("boolean_dispatch_") if is_torch else None
+    name = torch_name(node) or ""
+    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(name.removesuffix("_"))

@@ -1,71 +1,161 @@
-"""Functional calls of layers as modules, so that whatever can be quantized is a module."""
+"""Functional calls of layers and of batch norms as modules, so that whatever can be quantized is a module."""
 
-import copy
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from apotfx.graph.facts import FUNCTIONAL_LAYERS, constant_nodes, torch_name
+from apotfx.graph.facts import FUNCTIONAL_LAYERS, constant_nodes
+from apotfx.graph.operations import torch_name
+from apotfx.graph.tracing import ByMode, owner
 from apotfx.layers import FunctionalLayer
 from apotfx.modules import attribute
-from apotfx.graph.tracing import graph_of
+from apotfx.reproducible import BATCH_NORMS, AttachedBatchNorm
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 PRODUCT_ARGUMENTS = {"matmul": ("input", "other"), "mm": ("input", "mat2"), "addmm": ("input", "mat1", "mat2")}
 TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
-def layers_as_modules(model: nn.Module) -> dict[str, FunctionalLayer]:
-    """Make every functional call that is a layer a call of a `FunctionalLayer`, in place; returns them by name.
+def norms_as_modules(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Make calls of `F.batch_norm` with the state of a batch norm calls of an `AttachedBatchNorm` to it; edits both."""
+    for node in list(graph.nodes):
+        if torch_name(node) != "batch_norm" or node.op != "call_function" or not inspect.isfunction(node.target):
+            continue
+        call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        paths = {key: getattr(given[key], "target", None) for key in ("running_mean", "running_var", "weight", "bias")}
+        path = str(paths["running_mean"]).rpartition(".")[0]
+        norm = modules.get(path)
+        if not path or not isinstance(norm, tuple(BATCH_NORMS)):
+            continue
+        own = {key: f"{path}.{key}" if getattr(norm, key) is not None else None for key in paths}
+        training = given["training"]
+        if isinstance(training, fx.Node) and isinstance(by_mode := modules.get(training.target), ByMode):
+            training = by_mode.in_training if not by_mode.in_evaluation else None
+        # In training the settings matter too; in evaluation only what is the norm's own.
+        settings = given["eps"] == norm.eps and (training is False or given["momentum"] == norm.momentum)
+        if paths != own or type(training) is not bool or not settings or isinstance(given["training"], bool) and training:
+            continue
+        name = _new_name(modules, path, "batch_norm")
+        modules[name] = AttachedBatchNorm.to(norm, frozen=not training)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(name, (given["input"],)))
+        graph.erase_node(node)
+        for unread in [x for x in graph.nodes if x.op == "get_attr" and x.target in own.values() and not x.users]:
+            graph.erase_node(unread)
+
+
+class Computed:
+    """A tensor that is computed from the tensors of a module alone, as they are when it is called.
+
+    Attributes:
+        sources: the paths of the tensors.
+    """
+
+    def __init__(self, model: nn.Module, node: fx.Node):
+        self.model = model
+        order: dict[fx.Node, int] = {}
+        self.steps: list[tuple] = []
+
+        def add(node: fx.Node) -> None:
+            for argument in node.all_input_nodes:
+                if argument not in order:
+                    add(argument)
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: _Step(order[n]))
+            self.steps.append((node.op, node.target, *arguments))
+            order[node] = len(order)
+
+        add(node)
+        self.sources = [target for op, target, *_ in self.steps if op == "get_attr"]
+
+    def __call__(self) -> Tensor:
+        if len(self.steps) == 1 and self.sources:
+            return attribute(self.model, self.sources[0])
+        values: list = []
+        for op, target, *arguments in self.steps:
+            args, kwargs = fx.node.map_aggregate(
+                tuple(arguments), lambda a: values[a.index] if isinstance(a, _Step) else a
+            )
+            if op == "get_attr":
+                values.append(attribute(self.model, target))
+            elif op == "call_method":
+                values.append(getattr(args[0], target)(*args[1:], **kwargs))
+            else:
+                function = self.model.get_submodule(target) if op == "call_module" else target
+                values.append(function(*args, **kwargs))
+        return values[-1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it is computed from."""
+        return [attribute(self.model, path) for path in self.sources]
+
+
+class _Step:
+    """A reference to the value of an earlier step."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+
+def layers_as_modules(model: nn.Module) -> None:
+    """Make every functional call that is a layer a call of a `FunctionalLayer`, in place.
 
     Such are `F.linear`, `F.conv1d` ... `F.conv_transpose3d`, and `torch.matmul`, `torch.mm`, `@` and `torch.addmm` with a
     matrix; the weight is a parameter, or computed from parameters alone.
     """
-    graph, constants, layers = graph_of(model), constant_values(model), {}
+    if not isinstance(model, fx.GraphModule):
+        return
+    graph, modules = model.graph, dict(model.named_modules())
+    constants = _Constants(model.original, constant_nodes(graph, modules))
+    edited = False
     for node in list(graph.nodes):
         node = _as_linear(node, constants)
         settings = _layer_settings(node, constants)
         if settings is None:
             continue
         x, weight, bias = (settings.pop(key, None) for key in ("input", "weight", "bias"))
-        name = _new_name(model, node)
-        layers[name] = FunctionalLayer(torch_name(node), constants[weight].shape, **settings).train(model.training)
-        model.add_submodule(name, layers[name])
+        name = _new_name(modules, owner(node), torch_name(node))
+        made_of = [None if tensor is None else Computed(model.original, tensor) for tensor in (weight, bias)]
+        layer = modules[name] = FunctionalLayer(torch_name(node), *made_of, **settings).train(model.training)
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent).add_module(key, layer)
         with graph.inserting_before(node):
-            call = graph.call_module(name, (x, weight) if bias is None else (x, weight, bias))
+            call = graph.call_module(name, (x,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    if layers:
+        edited = True
+    if edited:
+        for node in reversed(list(constant_nodes(graph, modules))):
+            if not node.users:
+                graph.erase_node(node)
         model.recompile()
-    return layers
 
 
-def constant_values(model: nn.Module) -> dict[fx.Node, object]:
-    """What the nodes of the graph that do not depend on the network's inputs compute in evaluation."""
-    modules, values = dict(model.named_modules()), {}
-    modes = {module: module.training for module in modules.values()}
-    model.eval()
-    try:
+class _Constants(dict):
+    """What the nodes that do not depend on the network's inputs compute, each when it is asked for."""
+
+    def __init__(self, model: nn.Module, nodes: Iterable[fx.Node]):
+        self.model, self.nodes = model, set(nodes)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.nodes
+
+    def __missing__(self, node: fx.Node) -> object:
         with torch.no_grad():
-            for node in constant_nodes(graph_of(model), modules):
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                if node.op == "get_attr":
-                    values[node] = attribute(model, node.target)
-                elif node.op == "call_method":
-                    values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-                else:
-                    function = modules[node.target] if node.op == "call_module" else node.target
-                    values[node] = function(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return values
+            self[node] = Computed(self.model, node)()
+        return self[node]
+
+    def get(self, node: object, default: object = None) -> object:
+        return self[node] if node in self else default
 
 
-def _as_linear(node: fx.Node, constants: dict[fx.Node, Tensor]) -> fx.Node:
+def _as_linear(node: fx.Node, constants: _Constants) -> fx.Node:
     """`F.linear` in the place of a product with a constant matrix; any other node is returned as it is."""
     names = PRODUCT_ARGUMENTS.get(torch_name(node), ())
     operands = dict(zip(names, node.args)) | node.kwargs
@@ -77,18 +167,20 @@ def _as_linear(node: fx.Node, constants: dict[fx.Node, Tensor]) -> fx.Node:
         x, weight = weight, x
     if not isinstance(x, fx.Node) or x in constants or not _is_weight(constants.get(weight), 2):
         return node
+    if bias and bias[0] not in constants:
+        return node
     graph = node.graph
     with graph.inserting_before(node):
         if left:  # W x = (x^T W^T)^T
-            result = graph.call_function(F.linear, (graph.call_function(exchange_last_two, (x,)), weight))
+            result = linear = graph.call_function(F.linear, (graph.call_function(exchange_last_two, (x,)), weight))
         else:
             transposed = graph.call_function(torch.t, (weight,))
-            constants[transposed] = constants[weight].t()
-            result = graph.call_function(F.linear, (x, transposed, *bias))
-        linear = result
+            constants.nodes.add(transposed)
+            result = linear = graph.call_function(F.linear, (x, transposed, *bias))
         linear.meta = dict(node.meta)
         if left:
             result = graph.call_function(exchange_last_two, (result,))
+            result.meta["is_wrapped"] = linear.args[0].meta["is_wrapped"] = True
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return linear
@@ -99,7 +191,7 @@ def exchange_last_two(x: Tensor) -> Tensor:
     return x.mT if x.dim() > 1 else x
 
 
-def _layer_settings(node: fx.Node, constants: dict[fx.Node, Tensor]) -> dict | None:
+def _layer_settings(node: fx.Node, constants: _Constants) -> dict | None:
     """The arguments by name of a call of F.linear or F.conv*, if its weight, bias and settings are constant."""
     name = torch_name(node)
     if node.op != "call_function" or name not in FUNCTIONAL_LAYERS:
@@ -111,71 +203,18 @@ def _layer_settings(node: fx.Node, constants: dict[fx.Node, Tensor]) -> dict | N
     constant &= settings.get("bias") is None or _is_weight(bias, 1)
     found: list[fx.Node] = []
     fx.node.map_arg([settings[key] for key in settings if key not in CONVOLUTION[:3]], found.append)
-    return settings if constant and not found and isinstance(settings["input"], fx.Node) else None
+    x = settings.get("input")
+    return settings if constant and not found and isinstance(x, fx.Node) and x not in constants else None
 
 
 def _is_weight(value: object, dims: int) -> bool:
     return isinstance(value, Tensor) and value.dim() == dims and value.is_floating_point()
 
 
-def _new_name(model: fx.GraphModule, node: fx.Node) -> str:
-    """The module whose code makes the call, the function, and a number if the name is taken."""
-    scope = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
-    name = first = ".".join([*filter(None, scope), torch_name(node)])
-    count = 0
-    while _exists(model, name):
+def _new_name(modules: dict[str, nn.Module], scope: str, function: str) -> str:
+    """The module whose code makes a call, the function, and a number if the name is taken."""
+    count, key = 0, function
+    while hasattr(modules[scope], key) or f"{scope}.{key}".lstrip(".") in modules:
         count += 1
-        name = f"{first}_{count}"
-    return name
-
-
-def _exists(model: nn.Module, path: str) -> bool:
-    try:
-        attribute(model, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def functional_arguments(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """(weight, bias) of every functional layer of `model`, by name, as they are in evaluation."""
-    calls = functional_calls(model)
-    values = constant_values(model) if calls else {}
-    return {
-        name: (values[call.args[1]], values[call.args[2]] if len(call.args) > 2 else None)
-        for name, call in calls.items()
-    }
-
-
-def layer_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """(weight, bias) of each of `layers` of `model`, by name, as they are in evaluation."""
-    arguments = functional_arguments(model)
-    return {name: arguments[name] if name in arguments else (m.weight, m.bias) for name, m in layers.items()}
-
-
-def functional_calls(model: nn.Module) -> dict[str, fx.Node]:
-    """The node that calls each functional layer of `model`, by name."""
-    modules = dict(model.named_modules())
-    calls = (node for node in graph_of(model).nodes if node.op == "call_module")
-    return {node.target: node for node in calls if isinstance(modules[node.target], FunctionalLayer)}
-
-
-def without_arguments(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """`model` without the weights and biases that the functional layers `names` are called with.
-
-    What computes them and nothing else goes too, with its parameters. The modules are shared.
-    """
-    if not names:
-        return model
-    graph, modules = copy.deepcopy(model.graph), dict(model.named_modules())
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target in names:
-            node.args = node.args[:1]
-    for node in reversed(list(constant_nodes(graph, modules))):
-        if not node.users:
-            graph.erase_node(node)
-    smaller = fx.GraphModule(model, graph, type(model).__name__)
-    smaller.meta = model.meta
-    for name, module in smaller.named_modules():
-        module.training = modules.get(name, module).training  # torch.fx makes containers anew
-    return smaller
+        key = f"{function}_{count}"
+    return f"{scope}.{key}".lstrip(".")

@@ -1,24 +1,28 @@
 """Trace, plan and swap."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from apotfx import reproducible
-from apotfx.graph.facts import analyze, is_read_once, rectified_range, torch_name
+from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
 from apotfx.attention import split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
 from apotfx.layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
-from apotfx.graph.modularize import functional_arguments, functional_calls, layers_as_modules
+from apotfx.graph.modularize import layers_as_modules
+from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
+from apotfx.graph.selfcheck import difference
+from apotfx.graph.tracing import bind
 from apotfx.modules import attribute, has_hooks, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
+from apotfx.state import synchronize_clips
 from apotfx.quantizers import InputQuantizer, WeightQuantizer
-from apotfx.graph.tracing import graph_of, require_traceable, trace
 
 
 def plan(
@@ -32,60 +36,58 @@ def plan(
 
     Raises as `quantize`.
     """
-    return _planned(model, policy, concrete_args, example_inputs)[1]
+    settings = {"concrete_args": concrete_args, "example_inputs": example_inputs}
+    return _planned(model, policy, self_check=False, **settings)[1]
 
 
 class Prepared:
     """A copy of a float model, traced, with a module for every layer that can be quantized.
 
     Attributes:
-        model: what `trace` returned, a GraphModule or, if it could not be traced, the copy.
+        model: what `trace` returned, a Network or, if it could not be traced, the copy.
         copied: the copy itself, which also has what forward never calls.
+        unchecked: whether the traced network has yet to be compared with the float one.
     """
 
     def __init__(
-        self, model: nn.Module, concrete_args: dict[str, object] | None = None, example_inputs: object | None = None
+        self,
+        model: nn.Module,
+        concrete_args: dict[str, object] | None = None,
+        example_inputs: object | None = None,
+        self_check: bool = True,
     ):
         require_traceable(model)
-        copied = copy.deepcopy(model)
-        self._attention = split_attention(copied)
-        self.model = trace(copied, concrete_args=concrete_args, example_inputs=example_inputs)
-        for name, layer in layers_as_modules(self.model).items():
-            parent, _, key = name.rpartition(".")
-            copied.get_submodule(parent).add_module(key, layer)
-        self.copied = copied
-        self._arguments = functional_arguments(self.model)
-        self._calls = functional_calls(self.model)
+        kept: dict[str, str] = {}
+        self.unchecked = self_check
+        while True:
+            self.copied = copy.deepcopy(model)
+            self._attention = split_attention(self.copied)
+            self.model = trace(self.copied, concrete_args=concrete_args, example_inputs=example_inputs, kept=kept)
+            if not self_check or example_inputs is None or not isinstance(self.model, Network):
+                break
+            untouched = copy.deepcopy(model) if self._attention else None
+            try:
+                found = difference(self.model, *bind(example_inputs), untouched, concrete_args or {})
+            except ApotfxError:  # the examples, which stand for shapes only, are no inputs
+                break
+            self.unchecked = False
+            if found is None:
+                break
+            path, how = found
+            while path in kept:  # no module that is called
+                path = path.rpartition(".")[0]
+            kept[path] = f"traced, it would compute something else ({how})"
+        layers_as_modules(self.model)
 
     def weight(self, name: str) -> Tensor:
         """The weight of a layer as its operator takes it, [C_out, ...]."""
-        return Geometry.of(self.model.get_submodule(name)).operator.from_parameter(self.parameters(name)[0])
-
-    def parameters(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of a layer, in torch's layout."""
         layer = self.model.get_submodule(name)
-        return self._arguments[name] if name in self._arguments else (layer.weight, layer.bias)
-
-    def shared_parameter(self, name: str) -> nn.Parameter | None:
-        """The parameter that is the weight of a layer, which other layers may share; None for a computed weight."""
-        if name in self._arguments:
-            source = self._calls[name].args[1]
-            return attribute(self.model, source.target) if source.op == "get_attr" else None
-        return self.model.get_submodule(name)._parameters.get("weight")
-
-    def trains(self, name: str) -> bool:
-        """Whether something that the weight of a layer is computed from requires a gradient."""
-        if name not in self._arguments:
-            return self.model.get_submodule(name).weight.requires_grad
-        sources = [self._calls[name].args[1]]
-        for node in sources:
-            sources += node.all_input_nodes
-        return any(attribute(self.model, node.target).requires_grad for node in sources if node.op == "get_attr")
+        return Geometry.of(layer).operator.from_parameter(layer.weight)
 
     @property
     def leaves(self) -> dict[str, str]:
         """What could not be traced, and why."""
-        return self.model.meta["leaves"]
+        return record_of(self.model)["leaves"]
 
     def keep_attention(self, quantized: Collection[str]) -> None:
         """Take torch's own attention back where none of the layers `quantized` is inside."""
@@ -97,17 +99,36 @@ class Prepared:
         }
         replace_modules(self.model, unused)
 
+    def finish(self, layers: Mapping[str, nn.Module], unsigned: Collection[str]) -> dict[str, tuple[float, float]]:
+        """Let `layers` take the places of float ones, and everything between them round alike everywhere.
 
-def _planned(
-    model: nn.Module, policy: BitPolicy, concrete_args: dict[str, object] | None, example_inputs: object
-) -> tuple[Prepared, Plan]:
+        Args:
+            unsigned: names of the layers whose input levels are unsigned.
+
+        Returns:
+            Per layer that takes over the activation function before it, its range; see `absorb_rectifiers`.
+        """
+        self.keep_attention(layers.keys())
+        rectifiers = absorb_rectifiers(self.model, set(unsigned))
+        if layers:
+            make_reproducible(self.model)
+        for name, layer in layers.items():
+            layer.rectifier = rectifiers.get(name)
+        swap_layers(self.model, layers)
+        if isinstance(self.model, Network):
+            self.model.watch()
+        return rectifiers
+
+
+def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared, Plan]:
     if not isinstance(policy, BitPolicy):
         raise ApotfxError(
             f"policy: expected a BitPolicy, got {type(policy).__name__}; use BitPolicy.from_yaml or from_dict"
         )
     _require_float(model)
-    prepared = Prepared(model, concrete_args, example_inputs)
-    layers = analyze(prepared.copied, graph_of(prepared.model), prepared.leaves)
+    prepared = Prepared(model, **settings)
+    layers = analyze(prepared.model, graph_of(prepared.model), prepared.leaves)
+    layers = _alike_where_shared(layers, prepared.model)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(
@@ -118,6 +139,28 @@ def _planned(
         if planned.quantized and planned.rule.max_accumulator_bits is not None:
             _require_accumulator(planned, prepared.weight(planned.facts.name).shape)
     return prepared, resolved
+
+
+def _alike_where_shared(layers: list[LayerFacts], model: nn.Module) -> list[LayerFacts]:
+    """Layers that share their weight stand where any of them does, so that rules by position give all the same."""
+    modules, groups = dict(model.named_modules()), defaultdict(list)
+    for facts in layers:
+        if facts.obstacle is None:
+            weight = modules[facts.name].weight
+            groups[weight if isinstance(weight, nn.Parameter) else facts.name].append(facts)
+    merged = {}
+    for group in (group for group in groups.values() if len(group) > 1):
+        names = ", ".join(facts.name for facts in group)
+        first, last, normed = (
+            any(facts.is_first for facts in group), any(facts.is_last for facts in group),
+            all(facts.feeds_batch_norm for facts in group),
+        )  # fmt: skip
+        for facts in group:
+            reason = f"{facts.position_reason}; the weight is that of {names}"
+            merged[facts.name] = replace(
+                facts, is_first=first, is_last=last, feeds_batch_norm=normed, position_reason=reason
+            )
+    return [merged.get(facts.name, facts) for facts in layers]
 
 
 def _require_float(model: nn.Module) -> None:
@@ -160,6 +203,7 @@ def quantize(
     *,
     concrete_args: dict[str, object] | None = None,
     example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
+    self_check: bool = True,
 ) -> nn.Module:
     """A copy of `model` whose conv and linear layers are quantized as `policy` says.
 
@@ -168,10 +212,10 @@ def quantize(
     `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
     those of layers whose weight does not and those of the first layers' inputs; `requires_grad_` changes that.
 
-    A module that torch.fx cannot enter is kept whole, and the layers inside it are quantized all the same; `plan` says
-    why, and what is not known of them for that. Functional calls of layers become modules that take the weight as an
-    argument. torch's multi-head attention is replaced by one with layers for its projections (see `attention`). Layers
-    that share their weight share its quantizer.
+    A module that tracing cannot enter is kept whole, and the layers inside it are quantized all the same; `plan` says
+    why, and what is not known of them for that. Functional calls of layers become modules. torch's multi-head attention
+    is replaced by one with layers for its projections (see `attention`). Layers that share their weight share its
+    quantizer.
 
     An activation function whose results only layers with unsigned input levels read is left to them, batch norms and
     average pools evaluate reproducibly (see `reproducible`), and the layers run on the fastest engine there is
@@ -181,18 +225,19 @@ def quantize(
         model: a float module, or a GraphModule of one.
         policy: see `BitPolicy`.
         concrete_args, example_inputs: see `trace`; `load_integer` then needs them too.
+        self_check: compare the traced network with `model`, in both modes, on the first inputs at hand: the examples,
+            the first batch of `calibrate` or of training. See `selfcheck`.
 
     Returns:
-        A GraphModule; if forward itself cannot be traced, a copy of `model` with other layers. Its `meta["plan"]` is the
-        resolved `Plan`; a pickled GraphModule loses it and cannot be exported any more, a
-        deep copy keeps it.
+        A Network; if forward itself cannot be traced, a copy of `model` with other layers. `plan_of` has its `Plan`.
 
     Raises:
         ApotfxError: the model is quantized already, has nothing to quantize or no values (meta device); the policy has a
             rule that matches nothing, asks for levels that do not exist, caps accumulators below what a layer needs, or
             gives layers that share their weight different levels.
     """
-    prepared, resolved = _planned(model, policy, concrete_args, example_inputs)
+    settings = {"concrete_args": concrete_args, "example_inputs": example_inputs, "self_check": self_check}
+    prepared, resolved = _planned(model, policy, **settings)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ApotfxError(
@@ -200,16 +245,27 @@ def quantize(
             )
     qmodel = prepared.model
     layers = _quantized_layers(prepared, resolved)
-    prepared.keep_attention(layers.keys())
-    unsigned = {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed}
-    for name, rectifier in absorb_rectifiers(qmodel, unsigned).items():
-        layers[name].rectifier = rectifier
-    if layers:
-        make_reproducible(qmodel)
-    swap_layers(qmodel, layers)
+    prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
-    qmodel.meta["plan"] = resolved
+    synchronize_clips(qmodel)
+    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, concrete_args=dict(concrete_args or {}))
     return qmodel
+
+
+def plan_of(qmodel: nn.Module) -> Plan | None:
+    """The resolved plan of what `quantize` returned; None for any other module."""
+    return record_of(qmodel).get("plan")
+
+
+def leave_in_float(qmodel: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Take the quantizers of some layers out again, in place, and say so in the plan.
+
+    Args:
+        reasons: why, by name of the layer.
+    """
+    replace_modules(qmodel, {qmodel.get_submodule(name): qmodel.get_submodule(name).to_float() for name in reasons})
+    record = record_of(qmodel)
+    record["plan"] = record["plan"].left_in_float(reasons)
 
 
 def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLayer]:
@@ -220,8 +276,10 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
         if not planned.quantized:
             continue
         name = planned.facts.name
-        weight, parameter = prepared.weight(name), prepared.shared_parameter(name)
-        trains = prepared.trains(name)
+        layer = prepared.model.get_submodule(name)
+        with torch.enable_grad():
+            parameter = layer.weight
+        weight, trains = prepared.weight(name), parameter.requires_grad
         weight_quantizer = input_quantizer = None
         if planned.weight is not None:
             weight_quantizer = WeightQuantizer(
@@ -231,7 +289,7 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
                 normalization=planned.rule.normalization,
             ).to(weight.device)
             weight_quantizer.clip.requires_grad_(trains)
-            key = (name if parameter is None else parameter, weight_quantizer.clip.shape)
+            key = (parameter if isinstance(parameter, nn.Parameter) else name, weight_quantizer.clip.shape)
             first = sharing.setdefault(key, planned)
             if first is not planned:
                 _require_same_weight(first, planned)
@@ -241,11 +299,10 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
             # To learn a first one would take a backward pass to the network's own input, which costs as much as several
             # layers.
             input_quantizer.clip.requires_grad_(trains and not planned.facts.is_first)
-        layer = prepared.model.get_submodule(name)
         layers[name] = QUANT_LAYERS[float_type_of(layer)].from_float(
             layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor
         )
-        layers[name].name = name
+        layers[name].name, layers[name].sign_reason = name, planned.facts.sign_reason
     return layers
 
 
@@ -282,8 +339,10 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
             continue
         takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes[0] is node]
         (source,) = node.all_input_nodes
-        if len(takers) == len(node.users) and unsigned - unsuited >= set(takers) and is_read_once(source, modules):
+        if len(takers) == len(node.users) and unsigned - unsuited >= set(takers):
             node.replace_all_uses_with(source)
+            call = fx.node.map_arg((node.args, node.kwargs), lambda _: Tensor)
+            graph_module.absorbed.append((tuple(takers), (node.op, node.target, *call)))
             graph.erase_node(node)
             absorbed |= dict.fromkeys(takers, rectifier)
     return absorbed

@@ -1,26 +1,64 @@
-"""From a module to a graph: torch.fx, which goes around what it cannot enter."""
+"""From a module to a graph of what its Python code did.
 
-import dataclasses
+Tracing runs the model's forward once in each mode on stand-ins for its tensors and writes down every call of torch. It
+changes nothing that another thread could see: calls of modules are seen through their instances, calls of torch through
+a function mode, questions of Python through `python.rebound`. What a stand-in cannot answer for (values, random numbers,
+side effects, contexts) keeps the module whose code asks whole, as one node.
+"""
+
+import contextlib
+import functools
 import inspect
 import operator
+import random
+import sys
+import threading
 import traceback
-import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from apotfx.attention import MultiheadAttention
 from apotfx.errors import ApotfxError
+from apotfx.graph.python import Untraceable, known_type, rebound, static_type
 from apotfx.layers import float_type_of
-from apotfx.modules import attribute, has_hooks
+from apotfx.modules import has_hooks
 
-TORCH_FILES = str(Path(torch.__file__).parent)
+OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__, "<")
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+HOOKS = tuple(key for key in vars(nn.Module()) if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
+# What may be asked of a parameter or a buffer: what does not depend on its values and does not change with `to`.
+METADATA = {
+    "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "layout", "requires_grad", "is_floating_point",
+    "is_complex", "is_contiguous", "is_sparse", "is_quantized", "is_nested", "is_meta", "is_leaf", "__len__",
+    "element_size", "itemsize", "is_signed", "grad_fn", "storage_offset", "is_nonzero_metadata", "_is_view",
+}  # fmt: skip
+_LOCK = threading.RLock()  # torch.fx numbers generated code without one
+
+
+class Traced(NamedTuple):
+    """What `trace_graph` found.
+
+    Attributes:
+        graph: of the forward; None if it cannot be traced.
+        leaves: by module name why a module of the user's was kept whole; "" for the model itself.
+        additions: what the graph reads besides the model, by name: constants that the code made, as tensors, and
+            constants that follow the mode.
+    """
+
+    graph: fx.Graph | None
+    leaves: dict[str, str]
+    additions: dict[str, "Tensor | ByMode"]
 
 
 class ByMode(nn.Module):
@@ -37,304 +75,77 @@ class ByMode(nn.Module):
         return f"{self.in_training} in training, {self.in_evaluation} in evaluation"
 
 
-def trace(
+class _AnotherContext(Untraceable):
+    """Keeps the module that entered the context, not the one that runs in it."""
+
+
+def trace_graph(
     model: nn.Module,
-    *,
-    concrete_args: dict[str, object] | None = None,
-    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
-) -> nn.Module:
-    """`model` as a graph; shares its parameters and leaf modules. A GraphModule is returned as it is.
-
-    Tracing runs the model's forward, which may leave marks on it: pass a copy. Arguments of calls that depend on
-    the mode, such as `F.dropout(x, training=self.training)`, follow `train()` and `eval()` of the graph too.
-
-    A module that torch.fx cannot enter is kept whole, as one node. Where that is the model itself, there is no graph,
-    and the model is returned.
+    concrete_args: Mapping[str, object],
+    example_inputs: object,
+    kept: Mapping[str, str],
+    refused: Callable[[fx.Graph, dict[str, nn.Module], Mapping[str, Tensor]], dict[str, str]],
+) -> Traced:
+    """Trace `model`; see `network.trace`.
 
     Args:
-        concrete_args: arguments of forward that are fixed, by name; the result does not take them any more.
-        example_inputs: inputs of forward, of which only shapes and types are used: a tensor, a sequence of positional
-            arguments or a dict of keyword arguments. What depends on shapes, a branch or a
-            loop, is then taken as it is for these.
-
-    Returns:
-        A GraphModule, or `model`. Its `meta["leaves"]` says by module name why a module was kept whole ("" for the
-        model itself).
-
-    Raises:
-        ApotfxError: not a module, or one that is wrapped; says what to pass instead. Or arguments that forward lacks.
+        concrete_args: arguments of forward that are fixed, by name.
+        example_inputs: see `bind`; None without.
+        kept: modules that are kept whole in any case, and why.
+        refused: of a graph, its modules and its constants, why modules must be kept whole all the same, by name; may
+            edit the graph and add modules.
     """
-    require_traceable(model)
-    if isinstance(model, fx.GraphModule):
-        model.meta.setdefault("leaves", {})
-        return model
-    _require_arguments(model, concrete_args or {})
-    kept: dict[str, str] = {}
-    while True:
-        tracer = _Tracer(model, example_inputs, kept)
-        try:
-            graph = tracer.trace(model, concrete_args)
-        except ApotfxError:
-            raise
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            vars(model)["meta"] = {"leaves": {"": explain(error)}}
-            return model
-        others, other_leaves = _trace_in_other_mode(model, concrete_args, example_inputs, kept)
-        in_one_mode = {name: why for name, why in (tracer.leaves | other_leaves).items() if name not in kept}
-        in_one_mode = {k: v for k, v in in_one_mode.items() if (k in tracer.leaves) != (k in other_leaves)}
-        if others and in_one_mode:  # leaves in one mode are leaves in both
-            kept |= in_one_mode
-            continue
-        differing = _modules_with_two_paths(graph.nodes, others)
-        if not differing or "" in differing:
-            break
-        kept |= dict.fromkeys(differing, "its forward takes another path in training than in evaluation")
-    graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
-    graph_module.meta["leaves"] = tracer.leaves
-    vars(graph_module).update({key: value.copy() for key, value in vars(model).items() if "_hooks" in key})
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in graph_module.named_modules():
-        module.training = modes.get(name, module.training)  # torch.fx makes containers anew
-    _follow_mode(graph_module, model, others)
-    return graph_module
-
-
-def _require_arguments(model: nn.Module, concrete_args: Mapping[str, object]) -> None:
-    known = inspect.signature(model.forward).parameters
-    for name in concrete_args:
-        if name not in known:
-            raise ApotfxError(f"concrete_args: {name!r} is no argument of forward, which takes {', '.join(known)}")
-
-
-def graph_of(model: nn.Module) -> fx.Graph:
-    """The graph of what `trace` returned; an empty one for a model that could not be traced."""
-    return model.graph if isinstance(model, fx.GraphModule) else fx.Graph()
-
-
-def require_traceable(model: nn.Module) -> None:
-    """Raises: ApotfxError: not a module, or one that is wrapped or compiled."""
-    if not isinstance(model, nn.Module):
-        raise ApotfxError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ApotfxError(f"model: is wrapped in {type(model).__name__}; quantize model.module, then wrap the result")
-    if hasattr(model, "_orig_mod"):
-        raise ApotfxError("model: was compiled; quantize model._orig_mod, then torch.compile the result")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ApotfxError("model: was compiled by torch.jit; quantize the module that it was made from")
-
-
-def explain(error: Exception) -> str:
-    """Where the traced code raised `error`, and what, in one line."""
-    if isinstance(error, _ChangesBuffer):
-        return str(error)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH_FILES)]
-    frames = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
-    reason = " ".join(str(error).split()).partition(". ")[0]
-    return f"{place}{type(error).__name__}: {reason[:200]}"
-
-
-class _Tracer(fx.Tracer):
-    """Enters what it can; what it cannot becomes a leaf on the spot.
-
-    Args:
-        kept: modules that it shall not enter, and why.
-
-    Attributes:
-        leaves: the names of all modules that it did not enter, and why, but for those of torch.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        example_inputs: object = None,
-        kept: Mapping[str, str] = MappingProxyType({}),
-    ):
-        super().__init__()  # pickled graphs make a tracer without arguments
-        self.leaves: dict[str, str] = {}
-        self._kept = kept
-        self._names = {} if model is None else {id(tensor): name for name, tensor in model.named_parameters()}
-        self._attributes: dict[str, fx.Proxy] = {}
-        self._shapes = None if example_inputs is None else _Shapes(model, example_inputs)
-
-    def trace(self, root: nn.Module, concrete_args: dict[str, object] | None = None) -> fx.Graph:
-        with _unchanged_buffers(root):
-            graph = super().trace(root, concrete_args)
-        for node in reversed(list(graph.nodes) if concrete_args else []):
-            # torch.fx keeps arguments that are fixed, under other names, and asserts their values.
-            if "_assert" in getattr(node.target, "__name__", "") and "has been specialized" in str(node.args[-1]):
-                unneeded = [node]
-                while unneeded:
-                    node = unneeded.pop()
-                    unneeded += [x for x in node.all_input_nodes if len(x.users) == 1]
-                    graph.erase_node(node)
-        return graph
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = float_type_of(m) is not None or isinstance(m, MultiheadAttention)
-        if layer or super().is_leaf_module(m, module_qualified_name):
-            return True
-        reason = "it has hooks, which run when it is called" if has_hooks(m) else self._kept.get(module_qualified_name)
-        if reason is not None:
-            self.leaves[module_qualified_name] = reason
-        return reason is not None
-
-    def create_arg(self, a: object) -> object:
-        """As torch's, which makes a plain dict of any other, such as an OrderedDict."""
-        if isinstance(a, dict) and type(a) is not dict:
-            if dataclasses.is_dataclass(a):
-                fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a)}
-                return self.create_node("call_function", type(a), (), fields)
-            if type(a) is not OrderedDict:
-                raise TypeError(f"a {type(a).__name__} among its results or arguments, which no graph can make")
-            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return super().proxy(node) if self._shapes is None else _Sized(node, self)
-
-    def value(self, proxy: fx.Proxy, convert: Callable) -> object:
-        """What `convert` (to a bool or to an int) makes of a value that depends on shapes."""
-        return self._shapes.value(proxy.node, convert)
-
-    def call_module(self, m, forward, args, kwargs):
-        if self._is_evaluating:
-            return forward(*args, **kwargs)
-        last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
-        try:
-            with _unchanged_buffers(m):
-                return super().call_module(m, forward, args, kwargs)
-        except ApotfxError:
-            raise
-        except Exception as error:  # the module's own code may raise anything
-            name = self.path_of_module(m)
-            self.leaves[name] = explain(error)
-            self.module_stack = stack
-            self._forget_after(last)
-            return self.create_proxy("call_module", name, args, kwargs)
-
-    def _forget_after(self, last: fx.Node | None) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            if node is last:
-                break
-            self._attributes = {key: proxy for key, proxy in self._attributes.items() if proxy.node is not node}
-            self.graph.erase_node(node)
-
-    def getattr(self, attr, attr_val, parameter_proxy_cache):
-        """As torch's, which looks for the name in all parameters on every call."""
-        if self._is_evaluating or not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self._names:
-            return attr_val
-        name = self._names[id(attr_val)]
-        if name not in self._attributes:
-            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
-        return self._attributes[name]
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        return super().to_bool(obj) if self._shapes is None else self.value(obj, bool)
-
-    @property
-    def _is_evaluating(self) -> bool:
-        return self._shapes is not None and self._shapes.is_evaluating
-
-
-class _Sized(fx.Proxy):
-    """A proxy that Python can loop over and measure, as it is for the example inputs."""
-
-    def __getattr__(self, name: str) -> fx.Proxy:
-        return _SizedAttribute(self, name)
-
-    def __len__(self) -> int:
-        return self.tracer.value(self, len)
-
-    def __index__(self) -> int:
-        return self.tracer.value(self, operator.index)
-
-
-class _SizedAttribute(_Sized, fx.proxy.Attribute):
-    pass
-
-
-class _ChangesBuffer(Exception):
-    pass
+    kept = dict(kept)
+    if "" in kept:
+        return Traced(None, {"": kept[""]}, {})
+    with _LOCK, torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        while True:
+            tracers = []
+            for toggled in (False, True):
+                tracer = _Tracer(model, concrete_args, example_inputs, kept)
+                try:
+                    with _toggled(model) if toggled else nullcontext():
+                        tracer.run()
+                except ApotfxError:
+                    raise
+                except Exception as error:  # tracing runs the model's own code, which may raise anything
+                    return Traced(None, {"": explain(error)}, {})
+                tracers.append(tracer)
+            here, there = tracers
+            again = {k: v for k, v in (here.leaves | there.leaves).items() if (k in here.leaves) != (k in there.leaves)}
+            by_mode: dict[str, ByMode] = {}
+            if not again:  # leaves in one mode are leaves in both
+                again = _follow_mode(here, there, by_mode)
+            modules = here.modules | by_mode
+            if not again:
+                again = refused(here.graph, modules, here.constants)
+            if "" in again:
+                return Traced(None, {"": again[""]}, {})
+            if not again:
+                added = {name: module for name, module in modules.items() if name not in here.modules}
+                return Traced(here.graph, here.leaves, here.constants | added)
+            kept |= again
 
 
 @contextmanager
-def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Raises _ChangesBuffer if tracing ran code that changes a buffer of `module` itself, after changing it back."""
-    before = {key: (buffer, buffer.clone()) for key, buffer in module._buffers.items() if buffer is not None}
-    versions = {key: buffer._version for key, (buffer, _) in before.items()}
-    yield
-    changed = [
-        key for key, (buffer, _) in before.items()
-        if module._buffers.get(key) is not buffer or buffer._version != versions[key]
-    ]  # fmt: skip
-    for key in changed:
-        buffer, value = before[key]
-        module._buffers[key] = buffer.copy_(value)
-    # Batch norms count their batches, which matters to no result if they have a momentum.
-    counts = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None
-    changed = [key for key in changed if not (counts and key == "num_batches_tracked")]
-    if changed:
-        raise _ChangesBuffer(f"its forward changes its buffer {changed[0]}, which tracing would do once and for all")
+def _toggled(model: nn.Module) -> Iterator[None]:
+    """While active, every module that trains evaluates, and the other way round."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, training in modes:
+        module.training = not training
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
-class _Shapes:
-    """Decides control flow on shapes, while a graph is made, by running it on tensors that hold no values."""
-
-    def __init__(self, model: nn.Module, example_inputs: object):
-        self.model = model
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.inputs = bind(example_inputs)
-        self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        self.values: dict[fx.Node, object] = {}
-        self.is_evaluating = False
-
-    def value(self, node: fx.Node, convert: Callable) -> object:
-        """Raises whatever the network or torch raises, also where `node` depends on the values of tensors."""
-        self.is_evaluating = True
-        try:
-            with self.mode, torch.no_grad():
-                for n in node.graph.nodes:
-                    if n not in self.values:
-                        self.values[n] = self._evaluate(n)
-                    if n is node:
-                        return convert(self.values[n])
-        finally:
-            self.is_evaluating = False
-        raise AssertionError("the node is not in the graph")
-
-    def _evaluate(self, node: fx.Node) -> object:
-        if node.op == "placeholder":
-            return self._input(node)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
-        if node.op == "get_attr":
-            return self._empty(attribute(self.model, node.target))
-        if node.op == "call_module":
-            module = self.model.get_submodule(node.target)
-            state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
-            return torch.func.functional_call(module, state, args, kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
-
-    def _input(self, node: fx.Node) -> object:
-        args, kwargs = self.inputs
-        position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
-        if node.target in kwargs:
-            value = kwargs[node.target]
-        elif position < len(args):
-            value = args[position]
-        elif node.args:  # its default
-            value = node.args[0]
-        else:
-            raise ApotfxError(f"example_inputs: the model's input {node.target} is missing; pass an example for it")
-        return torch.utils._pytree.tree_map(self._empty_input, value)
-
-    def _empty_input(self, value: object) -> object:
-        return self._empty(value).to(self.device) if isinstance(value, Tensor) else value
-
-    def _empty(self, value: object) -> object:
-        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+def explain(error: BaseException) -> str:
+    """Where the traced code raised `error`, and what, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
+    reason = " ".join(str(error).split()).partition(". ")[0][:200]
+    return f"{place}{reason}" if isinstance(error, Untraceable) else f"{place}{type(error).__name__}: {reason}"
 
 
 def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]:
@@ -344,73 +155,616 @@ def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def _trace_in_other_mode(
-    model: nn.Module, concrete_args: dict | None, example_inputs: object, kept: Mapping[str, str]
-) -> tuple[list[fx.Node], dict[str, str]]:
-    """(the nodes, the leaves) of `model` where every module that trains evaluates, and the other way round.
+# What a graph may hold besides torch's functions.
 
-    Both are empty if it cannot be traced so.
+
+def require_argument(value: object, expected: object, name: str) -> None:
+    """Raises: ApotfxError: `value` is another one than the network was traced with."""
+    if value is not expected and not (isinstance(value, PLAIN) and value == expected):
+        got = f"a {type(value).__name__}" if not isinstance(value, PLAIN) else repr(value)
+        raise ApotfxError(
+            f"argument {name}: the network was traced with {expected!r}, got {got}; pass example_inputs that have it"
+        )
+
+
+def require_as_traced(value: object, question: str, expected: object, where: str) -> None:
+    """Raises: ApotfxError: `question` of a value that depends on shapes has another answer than while tracing."""
+    got = _QUESTIONS[question](value)
+    if got != expected:
+        raise ApotfxError(
+            f"{where}: was traced for example_inputs where its forward found {expected}, now it finds {got}; pass inputs "
+            "of the shape of the examples, or quantize without example_inputs"
+        )
+
+
+def setitem(x: Tensor, key: object, value: object) -> Tensor:
+    """x after `x[key] = value`."""
+    x[key] = value
+    return x
+
+
+GUARDS = (require_argument, require_as_traced)
+_QUESTIONS = {"bool": bool, "len": len, "index": operator.index, "int": int, "float": float}
+
+
+class _Tracer(fx.Tracer):
+    """Enters what it can; what it cannot becomes a leaf on the spot.
+
+    Attributes:
+        leaves: the names of all modules that it did not enter, and why, but for those of torch.
+        constants: the tensors that the code made without the network's inputs.
     """
 
-    def toggle() -> None:
-        for module in model.modules():
-            module.training = not module.training
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        concrete_args: Mapping[str, object] = MappingProxyType({}),
+        example_inputs: object = None,
+        kept: Mapping[str, str] = MappingProxyType({}),
+    ):
+        super().__init__()  # pickled graphs make a tracer without arguments
+        self.leaves: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        if model is None:
+            return
+        self.root, self.graph, self.tensor_attrs = model, fx.Graph(), {}
+        self.modules = dict(model.named_modules())
+        self.submodule_paths = {module: name for name, module in self.modules.items()}
+        self._kept, self._concrete_args = kept, concrete_args
+        self._inputs = None if example_inputs is None else bind(example_inputs)
+        self._shapes = None if example_inputs is None else _Shapes(self)
+        self.tensors = dict(_tensors(model))
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
+        self._written: set[int] = set()  # storages of constants that the graph writes to
+        self._attributes: dict[str, fx.Node] = {}
+        self._context, self._entered = _context(), 0
+        self._hooked = {module for module in self.submodule_paths if has_hooks(module)}
+        known = (module for module in self.submodule_paths if isinstance(module, MultiheadAttention))
+        self._layers = {*known, *(module for module in self.submodule_paths if float_type_of(module) is not None)}
+        self._own: dict[nn.Module, dict[str, object]] = {}  # what tracing puts into the modules' instances
+        self._holders: dict[int, _Held] = {}
 
-    toggle()
-    try:
-        tracer = _Tracer(model, example_inputs, kept)
-        return list(tracer.trace(model, concrete_args).nodes), tracer.leaves
-    except Exception:  # the model's own code may raise anything; `_follow_mode` then warns that the paths differ
-        return [], {}
-    finally:
-        toggle()
+    def run(self) -> None:
+        """Fill `graph`."""
+        with self._calls_seen(), _Recording(self), self._pure(self.root):
+            forward = self._forward
+            args, kwargs = self._arguments(inspect.signature(forward))
+            self.create_node("output", "output", (self.create_arg(forward(*args, **kwargs)),), {})
+
+    @contextmanager
+    def _calls_seen(self) -> Iterator[None]:
+        """While active, calls of modules come to `call_module`, and the code of the user's runs as `rebound` copies."""
+        memo: dict = {}
+        for module in self.submodule_paths:
+            methods = _rebound_methods(module, memo)
+            if module is self.root:
+                self._forward = methods["forward"]
+            methods["forward"] = self._seen(module, methods["forward"])
+            self._own[module] = methods | {key: self._held(tensor) for key, tensor in _own_tensors(module)}
+        saved = {m: {k: v for k, v in vars(m).items() if k in own or k in HOOKS} for m, own in self._own.items()}
+        self._saved = saved
+        try:
+            for module, own in self._own.items():
+                vars(module).update(own | {key: OrderedDict() for key in HOOKS})
+            yield
+        finally:
+            for module, own in self._own.items():
+                for key in own:
+                    vars(module).pop(key, None)
+                vars(module).update(saved[module])
+
+    @contextmanager
+    def out_of(self, module: nn.Module) -> Iterator[None]:
+        """While active, `module` and what is inside are as they were, but that hooks are not called."""
+        own = {m: self._own[m] for m in module.modules()}
+        try:
+            for m, names in own.items():
+                for key in names:
+                    vars(m).pop(key, None)
+                vars(m).update({k: v for k, v in self._saved[m].items() if k not in HOOKS})
+            yield
+        finally:
+            for m, names in own.items():
+                vars(m).update(names)
+
+    def _held(self, tensor: Tensor) -> "_Held":
+        if id(tensor) not in self._holders:
+            self._holders[id(tensor)] = _Held(self, tensor)
+        return self._holders[id(tensor)]
+
+    def _seen(self, module: nn.Module, forward: Callable) -> Callable:
+        return lambda *args, **kwargs: self.call_module(module, forward, args, kwargs)
+
+    def _arguments(self, signature: inspect.Signature) -> tuple[list, dict]:
+        """What forward is called with: stand-ins, and values for the arguments that are no tensors.
+
+        An argument that has a default and is not among the examples keeps it. The graph takes such arguments too, with
+        the value that they have here.
+        """
+        known = signature.parameters
+        if unknown := self._concrete_args.keys() - known.keys():
+            name = min(unknown)
+            raise ApotfxError(f"concrete_args: {name!r} is no argument of forward, which takes {', '.join(known)}")
+        positional, given = self._inputs or ((), {})
+        names = [name for name, p in known.items() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        given = dict(zip(names, positional)) | given
+        args, kwargs, guards = [], {}, []
+
+        def stand_in(name: str, *default: object) -> fx.Proxy:
+            default = default or (None,) * bool(guards)  # Python wants one behind another
+            return self.create_proxy("placeholder", name, default, {})
+
+        for name, p in known.items():
+            put = args.append if p.kind <= p.POSITIONAL_OR_KEYWORD else functools.partial(kwargs.__setitem__, name)
+            if name in self._concrete_args:
+                put(self._concrete_args[name])
+            elif p.kind == p.VAR_POSITIONAL:
+                args += [stand_in(f"{name}_{i}") for i, _ in enumerate(positional[len(names) :])]
+            elif p.kind == p.VAR_KEYWORD:
+                for key in sorted(given.keys() - known.keys()):
+                    plain = isinstance(given[key], PLAIN)
+                    kwargs[key] = given[key] if plain else stand_in(key)
+                    guards += [(stand_in(key, given[key]), given[key], key)] * plain
+            elif name in given and not isinstance(given[name], PLAIN) or name not in given and p.default is p.empty:
+                if self._inputs is not None and name not in given:
+                    raise ApotfxError(f"example_inputs: the model's input {name} is missing; pass an example for it")
+                put(stand_in(name))
+            else:
+                value = given.get(name, p.default)
+                put(value)
+                default = value if p.default is p.empty else p.default
+                if isinstance(value, PLAIN) and isinstance(default, PLAIN):
+                    guards.append((stand_in(name, default), value, name))
+        for guard in guards:
+            self.create_proxy("call_function", require_argument, guard, {})
+        return args, kwargs
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m in self._layers:
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        reason = self._kept.get(module_qualified_name)
+        if m in self._hooked:
+            reason = "it has hooks, which run when it is called"
+        if reason is not None:
+            self.leaves[module_qualified_name] = reason
+        return reason is not None
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+        if self.is_evaluating:
+            return forward(*args, **kwargs)
+        last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
+        context, scope = _context(), self.scope
+        try:
+            with nullcontext() if self.is_leaf_module(m, self.submodule_paths[m]) else self._pure(m):
+                return super().call_module(m, forward, args, kwargs)
+        except ApotfxError:
+            raise
+        except Exception as error:  # the module's own code may raise anything
+            if isinstance(error, _AnotherContext) and context != self._context:
+                raise
+            name = self.path_of_module(m)
+            self.leaves[name] = explain(error)
+            self.module_stack, self.scope = stack, scope
+            self._forget_after(last)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+    def _forget_after(self, last: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            if node.op == "get_attr":
+                self._attributes.pop(node.target, None)
+            self.graph.erase_node(node)
+
+    @contextmanager
+    def _pure(self, module: nn.Module) -> Iterator[None]:
+        """Raises Untraceable if code that ran changed the module itself, which is undone, or drew random numbers."""
+        own = {*self._own[module], *HOOKS, "training"}
+        before, contents, drawn = _state(module, own), _contents(module, own), _random_state()
+        try:
+            yield
+        finally:
+            overridden = [key for key, value in self._own[module].items() if vars(module).get(key) is not value]
+            after = _state(module, own)
+            changed = [key for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
+            changed = [f"its attribute {key}" for key in overridden + changed]
+            changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
+            for key in after.keys() - before.keys():
+                del vars(module)[key]
+            vars(module).update(self._own[module] | before)
+            for held, copied in contents.values():
+                held.clear()
+                held.extend(copied) if isinstance(held, list) else held.update(copied)
+        if changed:
+            raise Untraceable(f"its forward changes {changed[0]}, which tracing would do once")
+        if _random_state() != drawn:
+            raise Untraceable("its forward draws random numbers from Python or numpy, which tracing would do once")
+
+    def create_node(self, kind: str, *args, **kwargs) -> fx.Node:
+        if _context() != self._context:
+            raise _AnotherContext("its forward runs code in a context (no_grad, autocast, checkpoint, ...)")
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta["type"] = static_type(node, self.modules.get(node.target) if kind == "call_module" else None)
+        return node
+
+    def create_arg(self, a: object) -> object:
+        """As torch's, which makes a plain dict of any other, such as an OrderedDict."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, nn.Module):
+            raise Untraceable(f"its forward passes the module {self.submodule_paths.get(a, type(a).__name__)} to a function")
+        if isinstance(a, Tensor):
+            if id(a) not in self._names:
+                self._names[id(a)] = name = f"_tensor_constant{len(self.constants)}"
+                self.constants[name] = a
+            return self._attribute(self._names[id(a)])
+        if isinstance(a, dict) and type(a) is not dict:
+            if is_dataclass(a):
+                values = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
+                return self.create_node("call_function", type(a), (), values)
+            if type(a) is not OrderedDict:
+                raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def _attribute(self, name: str) -> fx.Node:
+        if name not in self._attributes:
+            self._attributes[name] = self.create_node("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest, **more) -> fx.Proxy:
+        if target == "add_" and self._counts_batches(args[0]):
+            return args[0]  # batch norms count their batches, which matters to no result if they have a momentum
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def record(self, function: Callable, args: tuple, kwargs: dict) -> fx.Proxy:
+        """Write down a call of torch."""
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            return self.create_proxy("call_function", getattr, (args[0], name_of(function)), {})
+        if name == "__set__":
+            raise Untraceable(f"its forward sets {name_of(function)} of a tensor")
+        if name == "__setitem__":
+            function, name = setitem, ""
+        elif name.startswith("__") and hasattr(operator, name):
+            function, name = getattr(operator, name), ""
+        args, kwargs = pytree.tree_map_only(_Held, lambda held: held.tensor, (args, kwargs))
+        if (first := args[0] if args else None) is not None and isinstance(first, Tensor) and _writes(function):
+            self._written.add(first.untyped_storage()._cdata)
+        method = bool(name) and torch.overrides.is_tensor_method_or_property(function)
+        return self.create_proxy("call_method" if method else "call_function", name if method else function, args, kwargs)
+
+    def _counts_batches(self, x: object) -> bool:
+        path, _, key = self._names.get(id(vars(x).get("tensor")), "").rpartition(".")
+        norm = self.modules.get(path)
+        counts = key == "num_batches_tracked" and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        return counts and norm.momentum is not None
+
+    def is_tracked(self, x: object) -> bool:
+        """Whether operations on x are written down: x is the model's, or the graph reads it."""
+        if not isinstance(x, Tensor):
+            return False
+        if id(x) in self._names:
+            return True
+        if self._written and x.untyped_storage()._cdata in self._written:
+            raise Untraceable("its forward makes a tensor, writes to it and reads it through a view")
+        return False
+
+    def type_of(self, node: fx.Node) -> type | None:
+        """Of the value of a node; None where nothing says it."""
+        if self._shapes is not None and node.meta["type"] is None or node.op == "placeholder" and self._shapes:
+            value = self._shapes.value(node)
+            node.meta["type"] = Tensor if isinstance(value, Tensor) else type(value)
+        return node.meta["type"]
+
+    def ask(self, proxy: fx.Proxy, question: str) -> object:
+        """The answer that shapes give to `bool`, `len` ... of a value; from here on the graph insists on it.
+
+        Raises whatever torch raises where it depends on the values of tensors.
+        """
+        if self._shapes is None:
+            raise Untraceable(f"its forward asks for {question} of {proxy.node.name}, which is not known while tracing")
+        answer = _QUESTIONS[question](self._shapes.value(proxy.node))
+        scope = self.scope.module_path or type(self.root).__name__
+        self.create_proxy("call_function", require_as_traced, (proxy, question, answer, scope), {})
+        return answer
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.ask(obj, "bool")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        return iter([obj[i] for i in range(self.ask(obj, "len"))])
+
+    @property
+    def is_evaluating(self) -> bool:
+        return self._shapes is not None and self._shapes.is_evaluating
 
 
-def _modules_with_two_paths(nodes: Iterable[fx.Node], others: Iterable[fx.Node]) -> set[str]:
-    """The modules whose own calls differ between two graphs of a model; "" for the model itself."""
-    calls = [defaultdict(list), defaultdict(list)]
-    for graph, by_module in zip((nodes, others), calls):
-        for node in graph:
-            callers = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            if node.op == "call_module":
-                callers = callers[:-1]  # the last one is what it calls
-            by_module[callers[-1] if callers else ""].append(_call(node))
-    return {path for path in calls[0].keys() | calls[1].keys() if calls[0][path] != calls[1][path]}
+class _Value(fx.Proxy):
+    """Stands for a value while code is traced."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        if name.startswith("__") or self.tracer.type_of(self.node) is Tensor and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise Untraceable(f"its forward sets {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self._written_in_place(setitem, key, value)
+
+    def _written_in_place(self, function: Callable, *operands: object) -> fx.Proxy:
+        if not issubclass(known_type(self), Tensor):  # Python makes a new number
+            if function is setitem:
+                raise Untraceable(f"its forward sets items of {self.node.name}, which is no tensor")
+            return getattr(operator, _IN_PLACE[function])(self, *operands)
+        return self.tracer.create_proxy("call_function", function, (self, *operands), {})
+
+    def __len__(self) -> int:
+        return self.tracer.ask(self, "len")
+
+    def __index__(self) -> int:
+        return self.tracer.ask(self, "index")
+
+    def __int__(self) -> int:
+        return self.tracer.ask(self, "int")
+
+    def __float__(self) -> float:
+        return self.tracer.ask(self, "float")
 
 
-def _call(node: fx.Node) -> tuple[str, object]:
-    """What a node calls. Constants, which are read as get_attr, get another name in every trace."""
-    return node.op, node.target if node.op != "get_attr" else ""
+class _Attribute(_Value, fx.proxy.Attribute):
+    pass
 
 
-def _follow_mode(graph_module: fx.GraphModule, model: nn.Module, others: list[fx.Node]) -> None:
-    """Make numbers and flags that differ from those in `others`, the nodes in the other mode, depend on the mode.
+class _Held(_Value):
+    """Stands for a parameter or a buffer, in the graph once it is used; answers what does not depend on its values."""
 
-    Each becomes a `ByMode` that both `graph_module` and `model` hold.
+    def __init__(self, tracer: _Tracer, tensor: Tensor):
+        vars(self).update(tracer=tracer, tensor=tensor)
+
+    @property
+    def node(self) -> fx.Node:
+        return self.tracer.create_arg(self.tensor)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tensor, name) if name in METADATA else super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
+_IN_PLACE = {
+    getattr(operator, f"i{name.strip('_')}"): name
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+}
+for _function in _IN_PLACE:
+    setattr(_Value, f"__{_function.__name__}__", lambda self, other, f=_function: self._written_in_place(f, other))
+
+
+class _Recording(TorchFunctionMode):
+    """Sends calls of torch on the model's tensors, and those that draw random numbers, to a tracer."""
+
+    def __init__(self, tracer: _Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, tracer = kwargs or {}, self.tracer
+        if tracer.is_evaluating:
+            return func(*args, **kwargs)
+        operands, name = pytree.tree_leaves((args, kwargs)), name_of(func)
+        if not any(isinstance(x, fx.Proxy) for x in operands):
+            tracked = any([tracer.is_tracked(x) for x in operands])
+            if name in METADATA if tracked else not is_random(name):
+                return func(*args, **kwargs)
+        return tracer.record(func, args, kwargs)
+
+
+def name_of(function: Callable) -> str:
+    """Of a torch function; of the getter or setter of a property the property's name."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return getattr(function.__self__, "__name__", name) if name in ("__get__", "__set__") else name
+
+
+@functools.cache
+def is_random(name: str) -> bool:
+    """Whether torch's operator of that name draws random numbers."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return any(argument.name == "generator" for schema in schemas for argument in schema.arguments)
+
+
+def _writes(function: Callable) -> bool:
+    name = function.__name__
+    return function is setitem or function in _IN_PLACE or name.endswith("_") and not name.endswith("__")
+
+
+def _context() -> tuple:
+    """What a `with` statement around calls of torch may change."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth, hooks
+
+
+def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
+    """`forward`, and whatever else of a module's functions is the user's, as tracing runs them."""
+    methods = {"forward": module.forward}
+    for cls in reversed(type(module).__mro__):
+        for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
+            if name == "forward":
+                methods[name] = module.forward
+            else:
+                methods.pop(name, None)
+            if not (name.startswith("__") and name.endswith("__")) and (copied := rebound(value, memo)):
+                methods[name] = copied.__get__(module)
+    for name, value in vars(module).items():
+        if copied := rebound(getattr(value, "__func__", value), memo):
+            methods[name] = copied.__get__(value.__self__) if hasattr(value, "__self__") else copied
+        elif name in methods:
+            methods[name] = value
+    return methods
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model by name: plain attributes, buffers, parameters."""
+    for path, module in reversed(list(model.named_modules())):
+        for key, value in _own_tensors(module):
+            yield f"{path}.{key}" if path else key, value
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    state = vars(module)
+    for held in (state, state["_parameters"], state["_buffers"]):
+        for key, value in held.items():
+            if isinstance(value, Tensor) and not isinstance(getattr(type(module), key, None), property):
+                yield key, value
+
+
+def _state(module: nn.Module, own: set[str]) -> dict[str, object]:
+    return {key: value for key, value in vars(module).items() if key not in own}
+
+
+def _contents(module: nn.Module, own: set[str]) -> dict[str, tuple]:
+    """The containers that the module holds, each with a copy."""
+    state = _state(module, own).items()
+    return {key: (value, value.copy()) for key, value in state if isinstance(value, (list, dict, set))}
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or type(a) is type(b) and isinstance(a, PLAIN) and a == b
+
+
+def _same_items(held: list | dict | set, copied: list | dict | set) -> bool:
+    if isinstance(held, set):
+        return held == copied
+    if len(held) != len(copied) or isinstance(held, dict) and list(held) != list(copied):
+        return False
+    pairs = zip(held.values(), copied.values()) if isinstance(held, dict) else zip(held, copied)
+    return all(_same(a, b) for a, b in pairs)
+
+
+def _changed_item(name: str, held: list | dict | set, copied: list | dict | set) -> str:
+    """What to call the item of a module's container `name` that changed: a buffer by its own name."""
+    if name not in ("_buffers", "_parameters", "_modules"):
+        return f"its attribute {name}"
+    return f"its {name[1:-1]} {next(key for key in {**copied, **held} if held.get(key) is not copied.get(key))}"
+
+
+def _random_state() -> tuple:
+    """Of the generators that code may draw from behind torch's back."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy and numpy.random.get_state()
+    return random.getstate(), drawn and (drawn[1].tobytes(), *drawn[2:])
+
+
+class _Shapes:
+    """The values of a graph's nodes for the example inputs, as tensors that hold shapes and types only."""
+
+    def __init__(self, tracer: _Tracer):
+        self.tracer = tracer
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        tensors = (*tracer.root.parameters(), *tracer.root.buffers())
+        self.device = next((x.device for x in tensors), torch.device("cpu"))
+        self.values: dict[fx.Node, object] = {}
+        self.is_evaluating = False
+
+    def value(self, node: fx.Node) -> object:
+        """Raises whatever the network or torch raises, also where `node` depends on the values of tensors."""
+        self.is_evaluating = True
+        try:
+            with self.mode, torch.no_grad():
+                for n in node.graph.nodes:
+                    if n not in self.values:
+                        self.values[n] = None if n.target in GUARDS else self._evaluate(n)
+                    if n is node:
+                        return self.values[n]
+        finally:
+            self.is_evaluating = False
+        raise AssertionError("the node is not in the graph")
+
+    def _evaluate(self, node: fx.Node) -> object:
+        if node.op == "placeholder":
+            return self._input(node)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if node.op == "get_attr":
+            constant = self.tracer.constants.get(node.target)
+            return self._empty(self.tracer.tensors[node.target] if constant is None else constant)
+        if node.op == "call_module":
+            module = self.tracer.modules[node.target]
+            with self.tracer.out_of(module):
+                state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
+                return torch.func.functional_call(module, state, args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _input(self, node: fx.Node) -> object:
+        args, kwargs = self.tracer._inputs
+        position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
+        value = kwargs[node.target] if node.target in kwargs else args[position] if position < len(args) else node.args[0]
+        return pytree.tree_map(lambda x: self._empty(x).to(self.device) if isinstance(x, Tensor) else x, value)
+
+    def _empty(self, value: object) -> object:
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def owner(node: fx.Node) -> str:
+    """The name of the module whose code makes a node's call; "" for the model itself."""
+    callers = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and callers and callers[-1] == node.target:
+        callers = callers[:-1]
+    return callers[-1] if callers else ""
+
+
+def _follow_mode(here: _Tracer, there: _Tracer, by_mode: dict[str, ByMode]) -> dict[str, str]:
+    """Make constants that differ between the graphs of both modes follow the mode, in the graph of `here`.
+
+    Adds to `by_mode` what the graph then calls. Returns why modules have to be kept whole, where more differs.
     """
-    nodes = list(graph_module.graph.nodes)
-    if [*map(_call, nodes)] != [*map(_call, others)]:
-        warnings.warn(
-            f"model {graph_module._get_name()}: its forward takes another path in training than in evaluation; the "
-            f"graph keeps the path of {'training' if graph_module.training else 'evaluation'}",
-            stacklevel=4,
-        )
-        return
-    differing = [
-        (node, update, key, here, there)
-        for node, twin in zip(nodes, others, strict=True)
-        for update, mine, theirs in (
-            (node.update_arg, enumerate(node.args), twin.args),
-            (node.update_kwarg, node.kwargs.items(), twin.kwargs),
-        )
-        for key, here in mine
-        if isinstance(here, (bool, int, float)) and here != (there := theirs[key])
-    ]
-    for i, (node, update, key, here, there) in enumerate(differing):
-        by_mode = ByMode(here, there) if graph_module.training else ByMode(there, here)
-        for root in (graph_module, model):
-            root.add_module(f"by_mode_{i}", by_mode.train(graph_module.training))
-        with graph_module.graph.inserting_before(node):
-            update(key, graph_module.graph.call_module(f"by_mode_{i}"))
-    if differing:
-        graph_module.recompile()
+    two_paths = "its forward takes another path in training than in evaluation"
+    graphs = [list(tracer.graph.nodes) for tracer in (here, there)]
+    calls: list[dict[str, list]] = [defaultdict(list), defaultdict(list)]
+    for nodes, by_module in zip(graphs, calls):
+        for node in nodes:
+            by_module[owner(node)].append((node.op, node.target))
+    differing = [path for path in calls[0].keys() | calls[1].keys() if calls[0][path] != calls[1][path]]
+    if differing or len(graphs[0]) != len(graphs[1]):
+        return dict.fromkeys(differing or [""], two_paths)
+    twins = dict(zip(*graphs))
+    for node, twin in list(twins.items()):
+        mine, form = _leaves(node)
+        theirs, other_form = _leaves(twin)
+        same = (node.op, node.target, form) == (twin.op, twin.target, other_form)
+        if node.op == "get_attr" and node.target in here.constants:
+            same &= torch.equal(here.constants[node.target], there.constants[twin.target])
+        for i, (a, b) in enumerate(zip(mine, theirs)):
+            if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+                same &= twins.get(a) is b
+            elif type(a) is not type(b) or a != b:
+                scope = owner(node)
+                name = f"{scope}.by_mode_{len(by_mode)}" if scope else f"by_mode_{len(by_mode)}"
+                training = here.modules[scope].training
+                by_mode[name] = ByMode(a, b) if training else ByMode(b, a)
+                by_mode[name].train(training)
+                with here.graph.inserting_before(node):
+                    mine[i] = here.graph.create_node("call_module", name)
+        if not same:
+            return {owner(node): two_paths}
+        remaining = iter(mine)
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda _: next(remaining))
+    return {}
+
+
+def _leaves(node: fx.Node) -> tuple[list, object]:
+    """(what a node's arguments consist of, their form)."""
+    found: list = []
+    return found, fx.node.map_aggregate((node.args, node.kwargs), found.append)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, fx, nn
 
-from apotfx.graph.facts import torch_name
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes
@@ -84,11 +83,6 @@ class _Program:
         self.shapes = {node: tuple(shape[1:]) for node, shape in shapes(network, input_shape).items()}
         for step, translate in zip(steps, translations):
             translate(step)
-            if step.in_place:  # what shares the memory sees the result from now on
-                before = self.values[step.inputs[0]]
-                for node, value in self.values.items():
-                    if value == before:
-                        self.values[node] = self.values[step.node]
 
     def _translation(self, step: Operation):
         translate = getattr(self, f"_{step.kind}", None)
@@ -114,10 +108,7 @@ class _Program:
         (self.num_outputs,) = self.shapes[result]
 
     def _identity(self, step: Operation) -> None:
-        if torch_name(step.node) == "clone":
-            self._call(step, f"copy({math.prod(self.shapes[step.node])}, {{0}}, {{y}})")
-        else:
-            self.values[step.node] = self.values[step.inputs[0]]
+        self.values[step.node] = self.values[step.inputs[0]]
 
     def _flatten(self, step: Operation) -> None:
         self.values[step.node] = self.values[step.inputs[0]]
@@ -152,7 +143,10 @@ class _Program:
         self._pool(step, text, step["kernel"], step["stride"], step["padding"], (1, 1))
 
     def _global_average(self, step: Operation) -> None:
-        kernel = self.shapes[step.inputs[0]][1:]
+        shape = self.shapes[step.inputs[0]]
+        if {d % (len(shape) + 1) for d in step["dims"]} != {2, 3}:
+            raise refuse(step, "C")
+        kernel = shape[1:]
         self._pool(step, "average_pool(&{}, 1, {{0}}, {{y}})", kernel, (1, 1), (0, 0), (1, 1))
 
     def _pool(self, step: Operation, text: str, *geometry: tuple[int, ...]) -> None:
@@ -176,14 +170,14 @@ class _Program:
         width = NARROW if bits <= NARROW else WIDE
         self.widths.add(width)
         if f"{name}_codes" not in self.arrays:
-            codes = pack_codes(layer.weight.cpu(), layer.weight_levels).tolist() + [0]  # code_at reads a byte more
+            codes = pack_codes(layer.levels.cpu(), layer.weight_levels).tolist() + [0]  # code_at reads a byte more
             self.arrays[f"{name}_codes"] = _array("uint8_t", f"{name}_codes", map(str, codes), ",")
         self._floats(f"{name}_scale", scale, step)
         if layer.bias is not None:
             self._floats(f"{name}_bias", layer.bias, step)
         weight, inputs = layer.weight_levels, layer.input_levels
         self.weight_sets[weight] = self.input_sets[inputs] = None
-        shape = " x ".join(map(str, layer.weight.shape))
+        shape = " x ".join(map(str, layer.levels.shape))
         self.layers.append(
             f"/* {shape}; weight {_describe(weight)}; input {_describe(inputs)};\n"
             f"   accumulators from {low} to {high}: {bits} bits */\n"
@@ -202,7 +196,7 @@ class _Program:
 
     def _layer_window(self, step: Operation) -> tuple[str, int]:
         """(the window of a layer in C, its groups)"""
-        geometry, kernel = step.module.geometry, step.module.weight.shape[2:]
+        geometry, kernel = step.module.geometry, step.module.levels.shape[2:]
         shape_x, shape_y = (self.shapes[node] for node in (step.inputs[0], step.node))
         stride = padding = dilation = (1, 1)
         groups = 1

@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.graph.facts import batch_norm_after
 from apotfx.errors import ApotfxError
@@ -23,6 +23,7 @@ from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.graph import describe_graph
 from apotfx.integer.manifest import (
     CODES,
+    FLOAT_WEIGHT,
     FORMAT,
     MANIFEST,
     VERSION,
@@ -34,12 +35,13 @@ from apotfx.integer.manifest import (
     read_file,
     read_manifest,
 )
-from apotfx.layers import FunctionalLayer, Geometry, QuantLayer
-from apotfx.graph.modularize import layer_parameters, without_arguments
+from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
+from apotfx.state import uncalibrated
 from apotfx.reproducible import folded_batch_norm
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.functional import asks_for_metadata
+from apotfx.graph.network import graph_of, reached_state, record_of
 
 MAX_HEADER_BYTES = 10**8  # of safetensors
 
@@ -58,22 +60,28 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     path = Path(path)
     require_new(path)
     layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
-    # torch.fx drops what is in meta where a GraphModule is pickled.
-    if not layers or not (isinstance(qmodel, fx.GraphModule) or "plan" in getattr(qmodel, "meta", {})):
+    if not layers or not record_of(qmodel):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
-    _require_unread(qmodel, layers)
+    if names := uncalibrated(qmodel):
+        raise ApotfxError(
+            f"export: the clips of {', '.join(names[:5])}{' ...' * (len(names) > 5)} never saw data; calibrate the network or "
+            "train it first"
+        )
     batch_norms = describe_batch_norms(qmodel)
     # Copies, as safetensors refuses tensors that share memory, such as tied weights.
-    parameters = layer_parameters(qmodel, layers)
-    _require_finite(layers, parameters, batch_norms)
-    state = _float_state(qmodel, layers, parameters)
+    _require_finite(layers, batch_norms)
+    state = _float_state(qmodel, layers)
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise ApotfxError(f"export: {name} is a {kind} tensor, an export holds dense ones; call to_dense() on it")
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ApotfxError(f"export: {name} is {tensor.dtype}, expected torch.float32; call model.float() first")
     for name, layer in layers.items():
         if layer.weight_quantizer is not None:
-            n, _ = layer.integer_weight(parameters[name][0])
+            n, _ = layer.integer_weight()
             tensors[f"{name}.{CODES}"] = pack_codes(n.cpu(), layer.weight_quantizer.levels)
     weights = safetensors.torch.save(tensors)
     manifest = {
@@ -81,7 +89,7 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
         "version": VERSION,
         "metadata": _as_json(metadata or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "layers": [_describe(name, m, *parameters[name], batch_norms.get(name)) for name, m in layers.items()],
+        "layers": [_describe(name, m, batch_norms.get(name)) for name, m in layers.items()],
         "graph": describe_graph(qmodel),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
@@ -92,26 +100,21 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     return path
 
 
-def _require_unread(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> None:
-    """Raises: ApotfxError: the network reads the values of a quantized layer's weight, of which an export has the levels."""
-    for node in graph_of(without_arguments(qmodel, functional_layers(layers))).nodes:
+def _read_in_float(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> set[str]:
+    """The names of those of `layers` whose float weight something else reads: the graph, or a module kept whole."""
+    read = {name for name, layer in layers.items() if layer.weight_is_read}
+    for node in graph_of(qmodel).nodes:
         name, _, key = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
         if name in layers and key == "weight":
-            for user in node.users:
-                asks = user.target is getattr and user.args[1] in ("dtype", "device", "shape", "ndim")
-                if not asks and user.target not in ("size", "dim", "numel", "is_floating_point"):
-                    raise ApotfxError(
-                        f"export: {node.target} is also read by {user.name}, an export holds its levels only; leave layer "
-                        f"{name} in float (scheme: float)"
-                    )
+            read |= {name for user in node.users if not asks_for_metadata(user)}
+    return read
 
 
-def _require_finite(
-    layers: dict[str, QuantLayer], parameters: dict[str, tuple[Tensor, Tensor | None]], batch_norms: dict[str, dict]
-) -> None:
+def _require_finite(layers: dict[str, QuantLayer], batch_norms: dict[str, dict]) -> None:
     state = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
-    for name, tensors in parameters.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in zip(("weight", "bias"), tensors) if tensor is not None}
+    for name, layer in layers.items():
+        tensors = (("weight", layer.weight), ("bias", layer.bias))
+        state |= {f"{name}.{key}": tensor for key, tensor in tensors if tensor is not None}
     for described in batch_norms.values():
         state |= {f"{described['name']}.{key}": torch.tensor(described[key]) for key in ("multiplier", "bias")}
     for name, tensor in state.items():
@@ -128,22 +131,22 @@ def _as_json(metadata: dict) -> dict:
         ) from error
 
 
-def _float_state(
-    qmodel: nn.Module, layers: dict[str, QuantLayer], parameters: dict[str, tuple[Tensor, Tensor | None]]
-) -> dict[str, Tensor]:
+def _float_state(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
     """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
-    state = state_outside(without_arguments(qmodel, functional_layers(layers)), layers)
-    for name, (weight, bias) in parameters.items():
-        if layers[name].weight_quantizer is None:
-            state[f"{name}.weight"] = layers[name].geometry.operator.from_parameter(weight)
-        if bias is not None:
-            state[f"{name}.bias"] = bias
+    state, read = state_outside(qmodel, layers), _read_in_float(qmodel, layers)
+    for name, layer in layers.items():
+        if layer.weight_quantizer is None:
+            state[f"{name}.weight"] = layer.geometry.operator.from_parameter(layer.weight)
+        elif name in read:
+            state[f"{name}.{FLOAT_WEIGHT}"] = layer.weight
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias
     return state
 
 
 def state_outside(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
-    """The state dict of `model` without what belongs to `layers`."""
-    return {key: value for key, value in model.state_dict().items() if not _is_inside(key, layers)}
+    """What `model` computes with, by state-dict name, without what belongs to `layers`."""
+    return {key: value.detach() for key, value in reached_state(model).items() if not _is_inside(key, layers)}
 
 
 def _is_inside(key: str, layers: Collection[str]) -> bool:
@@ -151,16 +154,12 @@ def _is_inside(key: str, layers: Collection[str]) -> bool:
     return any(".".join(parts[:depth]) in layers for depth in range(1, len(parts)))
 
 
-def functional_layers(layers: Mapping[str, nn.Module]) -> set[str]:
-    return {name for name, layer in layers.items() if isinstance(layer, FunctionalLayer)}
-
-
-def _describe(name: str, layer: QuantLayer, weight: Tensor, bias: Tensor | None, batch_norm: dict | None) -> dict:
+def _describe(name: str, layer: QuantLayer, batch_norm: dict | None) -> dict:
     inputs, weights = layer.input_quantizer, layer.weight_quantizer
     entry = {
         "name": name,
-        **structure_of(layer, layer.kind, weight, bias),
-        "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight(weight)[1]),
+        **structure_of(layer, layer.kind),
+        "weight": None if weights is None else _describe_quantizer(weights, layer.integer_weight()[1]),
         "input": None if inputs is None else _describe_quantizer(inputs, inputs.scale),
         "rectifier": describe_rectifier(layer.rectifier),
     }
@@ -178,12 +177,12 @@ def describe_rectifier(rectifier: tuple[float, float] | None) -> list | None:
     return None if rectifier is None else [x if math.isfinite(x) else None for x in rectifier]
 
 
-def structure_of(layer: nn.Module, kind: str, weight: Tensor, bias: Tensor | None) -> dict:
+def structure_of(layer: nn.Module, kind: str) -> dict:
     geometry = Geometry.of(layer)
     structure = {
         "type": kind,
-        "shape": geometry.operator.from_parameter(weight).shape,
-        "bias": bias is not None,
+        "shape": geometry.operator.from_parameter(layer.weight).shape,
+        "bias": layer.bias is not None,
         "operator": {"kind": type(geometry.operator).__name__, **geometry.operator._asdict()},
         "pad": geometry.pad,
         "pad_mode": geometry.pad_mode,

@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from apotfx.graph.facts import BATCH_NORMS
 from apotfx.errors import ApotfxError
+from apotfx.integer.layers import IntegerLayer
 from apotfx.layers import FunctionalLayer, QuantLayer, float_type_of, kind_of
 from apotfx.reproducible import Average
-from apotfx.graph.tracing import graph_of
+from apotfx.graph.network import graph_of
 
 
 def describe_graph(model: nn.Module) -> list[dict]:
@@ -37,28 +38,29 @@ def _describe_module(module: nn.Module) -> tuple[str, dict]:
     """Its type and its settings; of one that tracing kept whole, the types of the modules inside too."""
     if isinstance(module, Average):
         return module.function.__name__, {}
-    if isinstance(module, QuantLayer):
-        return _layer_type(module), {}
+    if isinstance(module, (QuantLayer, IntegerLayer)):
+        return layer_type(module), {}
     plain = (bool, int, float, str, tuple, type(None))
     settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
     # JSON has no infinity.
     settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
     if float_type_of(module) is not None:
-        return _layer_type(module), settings
+        return layer_type(module), settings
     inside = dict(_inner_types(module, ""))
     return _type_name(module), settings | ({"modules": inside} if inside else {})
 
 
 def _inner_types(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
     for name, child in module.named_children():
-        is_layer = isinstance(child, QuantLayer) or float_type_of(child) is not None
-        yield f"{path}{name}", _layer_type(child) if is_layer else _type_name(child)
+        is_layer = isinstance(child, (QuantLayer, IntegerLayer)) or float_type_of(child) is not None
+        yield f"{path}{name}", layer_type(child) if is_layer else _type_name(child)
         if not is_layer:
             yield from _inner_types(child, f"{path}{name}.")
 
 
-def _layer_type(layer: nn.Module) -> str:
-    kind = layer.kind if isinstance(layer, QuantLayer) else kind_of(layer)
+def layer_type(layer: nn.Module) -> str:
+    """What a layer is called as a float one."""
+    kind = layer.kind if isinstance(layer, (QuantLayer, IntegerLayer)) else kind_of(layer)
     return f"F.{layer.function}" if isinstance(layer, FunctionalLayer) else kind
 
 

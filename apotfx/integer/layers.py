@@ -20,10 +20,14 @@ class IntegerLayer(nn.Module):
 
     Attributes:
         name: in the network.
+        kind: what it is called as a float layer.
         input_levels, weight_levels: level sets; None for float.
-        rectifier: the range that the input is clamped to before it is encoded; None for all numbers.
+        rectifier, rectifies: as of `QuantLayer`.
 
-    Buffers: `weight` (levels in the smallest integer type that holds them, or float, [C_out, ...]); `weight_scale`
+    Code of a module kept whole, or the graph, may read what a float layer has: `weight` is then the float weight where the
+    export has it, else a tensor of NaN of its shape and type.
+
+    Buffers: `levels` (of the weight, in the smallest integer type that holds them, or float, [C_out, ...]); `weight_scale`
     ([] or [C_out, 1, ...]); `input_clip` ([]; None for a float input); `bias` ([C_out]; None without); `scale`, from
     accumulators to outputs ([], or broadcasting over the output).
     """
@@ -32,26 +36,40 @@ class IntegerLayer(nn.Module):
         self,
         name: str,
         geometry: Geometry,
-        weight: Tensor,
+        levels: Tensor,
         weight_levels: LevelSet | None,
         weight_scale: Tensor,
         input_levels: LevelSet | None,
         input_clip: Tensor | None,
         bias: Tensor | None,
         rectifier: tuple[float, float] | None = None,
+        kind: str = "",
     ):
         super().__init__()
-        self.name = name
+        self.name, self.kind = name, kind
         self.geometry = geometry
-        self.rectifier = rectifier
+        self.rectifier, self.rectifies = rectifier, True
         self.weight_levels, self.input_levels = weight_levels, input_levels
-        self.register_buffer("weight", weight)
+        self.register_buffer("levels", levels)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_clip", input_clip)
         self.register_buffer("bias", bias)
         input_scale = weight_scale.new_ones(()) if input_levels is None else input_clip / input_levels.max
         self.register_buffer("scale", output_shaped(input_scale * weight_scale, geometry.operator), persistent=False)
         self.accumulator_range = self._accumulator_range() if self.is_integer else None
+
+    def stand_in_for(self, layer: nn.Module, weight: Tensor | None) -> None:
+        """Have the attributes of the float layer that code around it may read, and its weight, if the export has it."""
+        settings = {key: value for key, value in vars(layer).items() if key[0] != "_" and not hasattr(self, key)}
+        vars(self).update(settings)
+        like = layer.weight
+        self.register_buffer("float_weight", self.scale.new_full((), torch.nan).expand(like.shape), persistent=False)
+        if weight is not None:
+            self.float_weight = weight.to(like.device)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.float_weight
 
     @property
     def is_integer(self) -> bool:
@@ -61,11 +79,11 @@ class IntegerLayer(nn.Module):
     @property
     def encoding(self) -> F.Levels:
         """How the input is encoded."""
-        return F.Levels(self.input_levels, self.rectifier)
+        return F.Levels(self.input_levels, self.rectifier if self.rectifies else None)
 
     def _accumulator_range(self) -> tuple[int, int]:
         """The smallest and the largest value that any input can bring an accumulator to, partial sums included."""
-        w = self.weight.flatten(1).long()
+        w = self.levels.flatten(1).long()
         positive, negative = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
         high, low = self.input_levels.max, -self.input_levels.max if self.input_levels.signed else 0
         return (
@@ -90,12 +108,12 @@ class IntegerLayer(nn.Module):
     def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """As those of `QuantLayer`."""
         codes = self.encode(self.geometry.prepare(input))
-        geometry = self.geometry.for_output_size(input, self.weight.shape[2:], output_size)
+        geometry = self.geometry.for_output_size(input, self.levels.shape[2:], output_size)
         return codes, self.accumulate(codes, geometry.operator)
 
     def require_shape(self, shape: torch.Size) -> None:
         """Raises: ApotfxError: an input of that shape does not fit the layer."""
-        dims, weight = self.geometry.dims, self.weight.shape
+        dims, weight = self.geometry.dims, self.levels.shape
         if dims:
             channels = weight[1] * self.geometry.operator.groups
             fits = len(shape) in (dims + 1, dims + 2) and shape[-dims - 1] == channels
@@ -122,13 +140,13 @@ class IntegerLayer(nn.Module):
         operator = operator or self.geometry.operator
         with torch.autocast(n.device.type, enabled=False):
             if not self.is_integer:
-                return operator.forward(n.double(), self.weight.double())
+                return operator.forward(n.double(), self.levels.double())
             largest = max(self.input_levels.max, self.weight_levels.max)
-            return accumulators(operator, n, self.weight, self.accumulator_bound, largest)
+            return accumulators(operator, n, self.levels, self.accumulator_bound, largest)
 
     def extra_repr(self) -> str:
         return (
-            f"{tuple(self.weight.shape)}, {self.weight.dtype}, weight={self.weight_levels}, input={self.input_levels}"
+            f"{tuple(self.levels.shape)}, {self.levels.dtype}, weight={self.weight_levels}, input={self.input_levels}"
         )
 
 

@@ -4,28 +4,26 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
 from apotfx.integer.format import (
     describe_batch_norms,
     describe_rectifier,
-    functional_layers,
     read_integer,
     state_outside,
     structure_of,
 )
-from apotfx.integer.graph import describe_graph, require_same_graph
+from apotfx.integer.graph import describe_graph, layer_type, require_same_graph
 from apotfx.integer.layers import Affine, IntegerLayer
-from apotfx.integer.manifest import WEIGHTS, level_set_of
+from apotfx.integer.manifest import FLOAT_WEIGHT, WEIGHTS, level_set_of
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.layers import Geometry, float_type_of, kind_of
-from apotfx.graph.modularize import without_arguments
 from apotfx.modules import has_hooks
-from apotfx.reproducible import BATCH_NORMS, folded_batch_norm
-from apotfx.graph.passes import Prepared, absorb_rectifiers, make_reproducible, swap_layers
-from apotfx.graph.tracing import graph_of
+from apotfx.reproducible import ReproducibleBatchNorm, folded_batch_norm
+from apotfx.graph.passes import Prepared
+from apotfx.graph.network import load_reached_state
 
 BACKENDS = ("reference", "onednn")
 
@@ -84,13 +82,12 @@ def assemble(
             raise ApotfxError(f"export {path}: {name} of the model is on the meta device; pass a model with values")
     imodel = prepared.model
     matching = {entry["name"]: _matching_layer(prepared, entry, path) for entry in manifest["layers"]}
-    prepared.keep_attention(matching.keys())
     unsigned = {entry["name"] for entry in manifest["layers"] if entry["input"] and not entry["input"]["signed"]}
-    rectifiers = absorb_rectifiers(imodel, unsigned)
     layers = {
-        name: _integer_layer(entry, matching[name], prepared.weight(name), tensors, rectifiers.get(name))
-        for name, entry in ((entry["name"], entry) for entry in manifest["layers"])
+        entry["name"]: _integer_layer(entry, matching[entry["name"]], prepared.weight(entry["name"]), tensors)
+        for entry in manifest["layers"]
     }
+    rectifiers = prepared.finish(layers, unsigned)
     for entry in manifest["layers"]:
         got = describe_rectifier(rectifiers.get(entry["name"]))
         if got != entry["rectifier"]:
@@ -98,11 +95,6 @@ def assemble(
                 f"export {path}: the input of layer {entry['name']} is clamped to {entry['rectifier']}, in the model to "
                 f"{got}; pass the float model that was exported"
             )
-    make_reproducible(imodel)
-    graph = describe_graph(imodel)
-    swap_layers(imodel, layers)
-    imodel = without_arguments(imodel, functional_layers(matching))
-    _keep_types(imodel, layers)
     state = state_outside(imodel, layers)
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name in sorted(state.keys() | stored.keys()):
@@ -111,8 +103,8 @@ def assemble(
             raise ApotfxError(
                 f"export {path}: {name} is {got}, the model has {expected}; pass the float model that was exported"
             )
-    require_same_graph(manifest, graph, path)
-    imodel.load_state_dict(stored, strict=False)
+    require_same_graph(manifest, describe_graph(imodel), path)
+    load_reached_state(imodel, stored)
     batch_norms = describe_batch_norms(imodel)
     for entry in manifest["layers"]:
         if entry.get("batch_norm") != batch_norms.get(entry["name"]):
@@ -128,22 +120,10 @@ def _shape_and_dtype(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _keep_types(imodel: nn.Module, layers: dict[str, IntegerLayer]) -> None:
-    """Let code that asks for the dtype, the device or the shape of a layer's weight see those of the float one."""
-    for node in graph_of(imodel).nodes:
-        name, _, key = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
-        if name in layers and key == "weight":
-            layer = layers[name]
-            layer.register_buffer("weight_like", layer.scale.new_zeros(()).expand(layer.weight.shape), persistent=False)
-            node.target = f"{name}.weight_like"
-    if isinstance(imodel, fx.GraphModule):
-        imodel.recompile()
-
-
 def _freeze_batch_norms(imodel: nn.Module) -> None:
     """Replace each batch norm, in place, by the multiplication and the addition that it has become."""
     for name, module in list(imodel.named_modules()):
-        if type(module) in BATCH_NORMS.values() and module.running_var is not None and not has_hooks(module):
+        if isinstance(module, ReproducibleBatchNorm) and module.running_var is not None and not has_hooks(module):
             imodel.set_submodule(name, Affine(*folded_batch_norm(module)).eval())
 
 
@@ -155,7 +135,7 @@ def _matching_layer(prepared: Prepared, entry: dict, path: str | os.PathLike) ->
         raise ApotfxError(f"export {path}: layer {entry['name']} is not in the model; {fix}") from None
     structure = {"type": type(layer).__name__}
     if float_type_of(layer) is not None:
-        structure = structure_of(layer, kind_of(layer), *prepared.parameters(entry["name"]))
+        structure = structure_of(layer, kind_of(layer))
     for key, got in structure.items():
         if got != entry[key]:
             raise ApotfxError(f"export {path}: layer {entry['name']} has {key} {entry[key]}, in the model {got}; {fix}")
@@ -167,7 +147,6 @@ def _integer_layer(
     layer: nn.Module,
     float_weight: Tensor,
     tensors: dict[str, Tensor],
-    rectifier: tuple[float, float] | None,
 ) -> IntegerLayer:
     name = entry["name"]
     weight, inputs = entry["weight"], entry["input"]
@@ -176,14 +155,15 @@ def _integer_layer(
     integer_layer = IntegerLayer(
         name=name,
         geometry=Geometry.of(layer),
-        weight=torch.empty_like(float_weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
+        levels=torch.empty_like(float_weight, dtype=levels.dtype).copy_(levels),  # in the model's memory format
         weight_levels=None if weight is None else level_set_of(weight),
         weight_scale=torch.tensor([1.0] if weight is None else weight["scale"]).reshape(scale_shape),
         input_levels=None if inputs is None else level_set_of(inputs),
         input_clip=None if inputs is None else torch.tensor(inputs["clip"]).reshape(()),
         bias=tensors.get(f"{name}.bias"),
-        rectifier=rectifier,
+        kind=layer_type(layer),
     ).to(float_weight.device)
+    integer_layer.stand_in_for(layer, tensors.get(f"{name}.{FLOAT_WEIGHT}"))
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for suffix in ("", "_with_kwargs"):
             vars(integer_layer)[hooks + suffix] = vars(layer)[hooks + suffix].copy()

@@ -21,6 +21,7 @@ from apotfx.operators import accumulator_bound
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 CODES = "weight_codes"
+FLOAT_WEIGHT = "float_weight"  # of a quantized layer whose weight is also read in float
 SCHEMA = json.loads(Path(__file__).with_name("manifest.schema.json").read_text())
 FORMAT, VERSION = (SCHEMA["properties"][key]["const"] for key in ("format", "version"))
 MAX_BYTES = 2**28
@@ -206,6 +207,8 @@ def _wrong_tensors(layer: dict, tensors: dict) -> Iterator[tuple[Place, str]]:
         expected[f"{name}.weight"] = (shape, "float32")
     else:
         expected[f"{name}.{CODES}"] = ([-(-math.prod(shape) * layer["weight"]["bits"] // 8)], "uint8")
+    if (read := tensors.get(f"{name}.{FLOAT_WEIGHT}")) is not None and sorted(read["shape"]) == sorted(shape):
+        expected[f"{name}.{FLOAT_WEIGHT}"] = (read["shape"], "float32")
     for key in expected | {key: None for key in tensors if key.rpartition(".")[0] == name}:
         if key not in expected or key not in tensors:
             yield ("tensors", key), "it to be there" if key in expected else "no such tensor of a layer"

@@ -38,9 +38,6 @@ def what_onednn_lacks(network: nn.Module) -> str | None:
         return "no layer of the network fits 8-bit arithmetic"
     if any(tensor.device.type != "cpu" for tensor in network.buffers()):
         return "the network is not on the CPU"
-    for operation in operations(network):
-        if operation.in_place and len(operation.inputs[0].users) > 1:
-            return f"the operation {operation.node.name} overwrites what others read"
     return what_bytes_lack() or what_kernels_lack()
 
 
@@ -52,7 +49,7 @@ def _takes_bytes(module: nn.Module | None) -> bool:
     if isinstance(operator, TransposedConvolution) or module.geometry.dims not in (0, 2):
         return False
     # With a zero point the sums are of bytes, not of levels.
-    bound = 255 * module.weight.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
+    bound = 255 * module.levels.long().abs().flatten(1).sum(1).amax().item() if signed else module.accumulator_bound
     return (
         kernels.fits_byte(module.input_levels)
         and kernels.fits_byte(module.weight_levels)
@@ -81,7 +78,7 @@ class ByteLayer(nn.Module):
     def __init__(self, layer: IntegerLayer):
         super().__init__()
         self.layer = layer
-        self.sign = torch.ones(len(layer.weight), dtype=torch.int8)
+        self.sign = torch.ones(len(layer.levels), dtype=torch.int8)
         self.zero_point = 128 if layer.input_levels.signed else 0
         self.packed: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
 
@@ -113,7 +110,7 @@ class ByteLayer(nn.Module):
         return lambda codes: operator.forward(codes.float(), weight).mul_(scale)
 
     def _signed_weight(self) -> Tensor:
-        return self.layer.weight * self.sign.view(-1, *(1 for _ in self.layer.weight.shape[1:]))
+        return self.layer.levels * self.sign.view(-1, *(1 for _ in self.layer.levels.shape[1:]))
 
     def accumulators(self, codes: Tensor) -> Tensor:
         """The accumulators of an input of bytes, rounded to float32."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from apotfx.graph.facts import IN_PLACE_OPERATORS, rectified_range, torch_name
+from apotfx.graph.facts import rectified_range, torch_name
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.layers import float_type_of, kind_of
 from apotfx.operators import TransposedConvolution
 from apotfx.reproducible import AVERAGE_POOLS, Average
-from apotfx.graph.tracing import ByMode
+from apotfx.graph.tracing import GUARDS, ByMode
 
 PLAIN_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 # Of torch's functions, which torch.fx cannot ask for them in every version.
@@ -32,7 +32,7 @@ class Operation:
             the policy left in float, likewise); "affine" (an
             Affine); "clamp" (to `low`, `high`, which may be infinite); "add" (two tensors); "max_pool" and
             "average_pool" (`kernel`, `stride`, `padding` and, for a maximum, `dilation`, one number per dimension;
-            `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, with or without `keepdim`);
+            `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, which count from the end where negative, with or without `keepdim`);
             "adaptive_average" (to `output`, one size per dimension, None to keep it); "flatten" (from dimension 1 on);
             "concatenate" (along `dim`, no tensor twice); "constant" (a number or flag, which no operation lists among
             its inputs); "identity"; "other".
@@ -50,13 +50,6 @@ class Operation:
 
     def __getitem__(self, key: str):
         return self.settings[key]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it overwrites the first of its inputs."""
-        name = torch_name(self.node) or ""
-        overwrites = getattr(self.module, "inplace", False) or self.node.kwargs.get("inplace", False)
-        return bool(self.inputs) and (bool(overwrites) or name in IN_PLACE_OPERATORS or name.endswith("_"))
 
 
 def operations(network: fx.GraphModule) -> list[Operation]:
@@ -134,7 +127,11 @@ def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Operation:
     limits = rectified_range(node, modules)
     if limits is not None:
         return Operation("clamp", node, inputs, module, {"low": limits[0], "high": limits[1]})
+    if node.target in (*GUARDS, torch._assert):
+        return Operation("constant", node)
     kind, settings = _interpret(node, module)
+    if kind == "add":
+        inputs = node.args  # which may be the same twice
     return Operation(kind, node, inputs, module, settings)
 
 
@@ -150,7 +147,7 @@ def _interpret(node: fx.Node, module: nn.Module | None) -> tuple[str, dict]:
     name = torch_name(node)
     if name in ("add", "iadd", "add_"):
         plain = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
-        return ("add", {}) if plain and len(node.all_input_nodes) == 2 else ("other", {})
+        return ("add" if plain else "other"), {}
     if name in ("cat", "concat"):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         distinct = node.args and list(node.args[0]) == node.all_input_nodes
@@ -210,9 +207,7 @@ def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
         keepdim = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
         dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
         if dims and all(isinstance(d, int) for d in dims):
-            rank4 = tuple(sorted(d % 4 for d in dims))
-            if rank4 == (2, 3):
-                return "global_average", {"dims": rank4, "keepdim": keepdim}
+            return "global_average", {"dims": dims, "keepdim": keepdim}
     return "other", {}
 
 

@@ -27,7 +27,6 @@ from ..clips import sample
 from ..functional import decode, encode
 from ..layers import QuantLayer
 from ..levels import LevelSet
-from ..graph.modularize import layer_parameters
 from ..policy import Plan
 from ..quantizers import Quantizer
 
@@ -120,11 +119,10 @@ class Monitor:
         scalars, histograms, usages = {}, {}, {"weight": [], "input": []}
         inputs = _observe_inputs(qmodel, images)
         layers = {name: qmodel.get_submodule(name) for name in inputs}
-        weights = layer_parameters(qmodel, layers)
         for name, x in inputs.items():
             layer, measured = layers[name], {}
             if layer.weight_quantizer is not None:
-                measured["weight"] = _measure_weight(layer, weights[name][0])
+                measured["weight"] = _measure_weight(layer, layer.weight)
                 histograms[f"weight/{name}/float"] = _histogram(measured["weight"].values)
                 histograms[f"weight/{name}/quantized"] = _histogram(measured["weight"].quantized)
             if layer.input_quantizer is not None:

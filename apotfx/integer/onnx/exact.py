@@ -94,10 +94,10 @@ class Exact(Translation):
         layer, operator = operation.module, operation.module.geometry.operator
         result = f"{name}.sums" if layer.is_integer else f"{name}.accumulators"
         if isinstance(operator, MatrixProduct):
-            y = self.add("MatMul", [n, self._weight(layer, name, layer.weight.mT, TensorProto.FLOAT)], result)
+            y = self.add("MatMul", [n, self._weight(layer, name, layer.levels.mT, TensorProto.FLOAT)], result)
         else:
             n = self.pad_input(layer, name, n, self.number(0.0))
-            y = self.convolution(layer, [n, self._weight(layer, name, layer.weight, TensorProto.FLOAT)], result)
+            y = self.convolution(layer, [n, self._weight(layer, name, layer.levels, TensorProto.FLOAT)], result)
         return self.add("Cast", [y], f"{name}.accumulators", to=TensorProto.INT32) if layer.is_integer else y
 
     def _in_bytes(self, operation: Operation, name: str, n: str) -> str:
@@ -105,7 +105,7 @@ class Exact(Translation):
         layer = operation.module
         zero_point = self.byte(byte_zero_point(layer))
         rows, weight = self._columns(operation, name, n, zero_point)
-        if 2 * int(layer.weight.abs().max()) * (byte_zero_point(layer) + layer.input_levels.max) <= MAX_PAIR:
+        if 2 * int(layer.levels.abs().max()) * (byte_zero_point(layer) + layer.input_levels.max) <= MAX_PAIR:
             inputs = [rows, self._weight(layer, name, weight, TensorProto.INT8), zero_point]
         else:  # a product of two unsigned bytes is safe everywhere
             weight = (weight.short() + 128).to(torch.uint8)
@@ -121,7 +121,7 @@ class Exact(Translation):
         rows, weight = self._columns(operation, name, n, self.number(0, np.float64))
         groups = getattr(layer.geometry.operator, "groups", 1)
         if groups > 1:  # a batch of products, one per group
-            channels, taps = layer.weight.shape[1], layer.weight.shape[2:].numel()
+            channels, taps = layer.levels.shape[1], layer.levels.shape[2:].numel()
             split = self.integers(-1, outputs[2:].numel(), taps, groups, channels)
             rows = self.add("Reshape", [rows, split], f"{name}.by_group")
             rows = self.add("Transpose", [rows], f"{name}.group_first", perm=[0, 3, 1, 2, 4])
@@ -139,17 +139,17 @@ class Exact(Translation):
         """(the windows of a layer's input as rows [N, ..., K], its weight [K, C_out]): a matrix product is left."""
         layer, operator = operation.module, operation.module.geometry.operator
         if isinstance(operator, MatrixProduct):
-            return n, layer.weight.mT
+            return n, layer.levels.mT
         n = self.pad_input(layer, name, n, zero)
         n = self.pad(n, f"{name}.padded", operator.padding, operator.padding, zero)
         dims = range(len(operator.stride))
         n = self.add("Transpose", [n], f"{name}.channels_last", perm=[0, *(2 + d for d in dims), 1])
         for d in reversed(dims):
             n = self.windows(
-                n, f"{name}.{d}", "Concat", 1 + d, layer.weight.shape[2 + d], operator.stride[d], operator.dilation[d],
+                n, f"{name}.{d}", "Concat", 1 + d, layer.levels.shape[2 + d], operator.stride[d], operator.dilation[d],
                 self.shapes[operation.node][2 + d],
             )  # fmt: skip
-        return n, layer.weight.permute(*(2 + d for d in dims), 1, 0).flatten(0, -2)
+        return n, layer.levels.permute(*(2 + d for d in dims), 1, 0).flatten(0, -2)
 
     def _channels_second(self, operation: Operation, name: str, y: str) -> str:
         dims = len(self.shapes[operation.node]) - 2
@@ -185,9 +185,9 @@ def _suits_bytes(layer: IntegerLayer) -> bool:
     """Whether a layer is computed, exactly and without loss of time, as a matrix product of bytes."""
     if not layer.is_integer:
         return False
-    operator, (_, channels, *kernel) = layer.geometry.operator, layer.weight.shape
+    operator, (_, channels, *kernel) = layer.geometry.operator, layer.levels.shape
     suits = isinstance(operator, MatrixProduct) or (
         operator.groups == 1 and (math.prod(kernel) == 1 or channels >= LEAST_RUN)
     )
-    fits = byte_zero_point(layer) + layer.input_levels.max <= MAX_BYTE and int(layer.weight.abs().max()) <= MAX_WEIGHT
+    fits = byte_zero_point(layer) + layer.input_levels.max <= MAX_BYTE and int(layer.levels.abs().max()) <= MAX_WEIGHT
     return suits and fits and layer.accumulator_bound < INT32_EXACT

@@ -86,8 +86,6 @@ class Translation(Graph):
             self.values[operation.node] = translate(operation, name, *(self.values[node] for node in operation.inputs))
             if operation.kind == "input":
                 inputs.append(self._described(operation.node))
-            if operation.in_place:  # what reads its input from now on sees its result
-                self.values[operation.inputs[0]] = self.values[operation.node]
         graph = helper.make_graph(self.nodes, "apotfx", inputs, outputs, list(self.constants.values()))
         opset = helper.make_opsetid("", self.opset)
         model = helper.make_model(
@@ -235,7 +233,7 @@ class Translation(Graph):
     def convolution(self, layer: IntegerLayer, inputs: list[str], name: str) -> str:
         stride, padding, dilation, groups = layer.geometry.operator
         return self.add(
-            "Conv", inputs, name, kernel_shape=layer.weight.shape[2:], strides=stride, pads=padding * 2,
+            "Conv", inputs, name, kernel_shape=layer.levels.shape[2:], strides=stride, pads=padding * 2,
             dilations=dilation, group=groups,
         )  # fmt: skip
 

@@ -103,7 +103,7 @@ def _require_uniform(layer: IntegerLayer) -> None:
 
 def _fold(layer: IntegerLayer, affine: Affine | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(levels, scale [1] or [C_out], bias) of a layer's weight with the batch norm behind it."""
-    weight, scale, bias = layer.weight, layer.weight_scale.flatten(), layer.bias
+    weight, scale, bias = layer.levels, layer.weight_scale.flatten(), layer.bias
     if affine is None:
         return weight, scale, bias
     multiplier = affine.multiplier

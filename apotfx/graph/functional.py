@@ -1,0 +1,103 @@
+"""From a graph that writes to tensors to one in which every value stays what it is.
+
+A write may stay, as the way in which a value is computed, where nothing reads the memory that it goes to any more: then
+whoever reads the written tensor later reads the result. Where another tensor that may lie in the same memory is read
+later, the write goes to a copy, and each such tensor is followed by what it has become. Whether two tensors do share
+memory is asked of them when the graph runs, as only then it is known of `reshape`, `.to` or a dropout.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from apotfx.errors import ApotfxError
+from apotfx.graph.operations import returns_fresh, torch_name, writes
+from apotfx.graph.tracing import owner
+
+METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "is_floating_point", "requires_grad"}
+
+
+def functionalize(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], constants: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Let later readers see what is written in place, in every tensor that shares its memory; edits `graph`.
+
+    Args:
+        constants: by name, the tensors that are the graph's own.
+
+    Returns:
+        By name, the modules that must be kept whole for a write that cannot be resolved, and why.
+    """
+    memory: dict[fx.Node, set[fx.Node]] = {}  # what a value may share memory with goes back to one of the same nodes
+    position: dict[fx.Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+
+    def readers(value: fx.Node, write: fx.Node) -> list[fx.Node]:
+        return [u for u in value.users if position[u] > position[write] and not asks_for_metadata(u)]
+
+    for node in list(graph.nodes):
+        memory[node] = {node}
+        if not returns_fresh(node, modules):
+            memory[node] = memory[node].union(*(memory[x] for x in node.all_input_nodes))
+        written = writes(node, modules)
+        if not written:
+            continue
+        if len(written) > 1:
+            return {owner(node): f"its forward writes to several tensors at once ({node.name})"}
+        (target,) = written
+        sharing = [n for n in memory if n not in (node, target) and memory[n] & memory[target] and readers(n, node)]
+        sources = {n for n in memory[target] if n.op in ("get_attr", "placeholder")}
+        states = [n.target for n in sources if n.op == "get_attr" and n.target not in constants]
+        if states:
+            return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
+        if sharing and any(n.op == "placeholder" for n in sources):
+            return {owner(node): f"its forward writes to the input {min(n.name for n in sources)}, which it also reads"}
+        if not sharing and not sources - {n for n in sources if n.op == "placeholder"}:
+            for user in readers(target, node):
+                user.replace_input_with(target, node)
+            continue
+        later = {value: readers(value, node) for value in (*sharing, target, node)}
+        with graph.inserting_before(node):
+            copied = graph.call_method("clone", (target,))
+        node.replace_input_with(target, copied)
+        with graph.inserting_after(node):
+            stored = graph.call_function(store, (target, node))
+        position |= {copied: position[node] - 0.5, stored: position[node] + 0.25}
+        memory |= {copied: {copied}, stored: {stored}}
+        for value, users in later.items():
+            with graph.inserting_after(stored):
+                like = target if value is node else value
+                seen = graph.call_function(see, (like, target, stored))
+            position[seen] = position[node] + 0.5
+            memory[seen] = memory[like] | {stored}
+            for user in users:
+                user.replace_input_with(value, seen)
+            if not users:
+                graph.erase_node(seen)
+                del memory[seen]
+        memory[node] = {node}
+    return {}
+
+
+def store(written: Tensor, value: Tensor) -> Tensor:
+    """The memory that `written` lies in, after `value` was written there: a vector of all its elements."""
+    length = written.untyped_storage().nbytes() // written.element_size()
+    whole = written.as_strided((length,), (1,), 0)
+    return torch.as_strided_scatter(whole, value, written.size(), written.stride(), written.storage_offset())
+
+
+def see(x: object, written: Tensor, stored: Tensor) -> object:
+    """x, or, where it shares memory with `written`, what it is in the memory `stored`; x may hold tensors."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(see(part, written, stored) for part in x)
+    if not isinstance(x, Tensor) or not torch._C._is_alias_of(x, written):
+        return x
+    if x.dtype != written.dtype:
+        raise ApotfxError(
+            f"a {written.dtype} tensor is written in place and read as {x.dtype}; use a copy of it in the model's forward"
+        )
+    return stored.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def asks_for_metadata(node: fx.Node) -> bool:
+    return (node.args[1] if node.target is getattr else torch_name(node)) in METADATA
