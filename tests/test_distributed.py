@@ -45,6 +45,71 @@ leave(0)
 """
 
 
+EXPERTS = """
+import sys, torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+import apotfx
+from apotfx.state import synchronize_clips, uncalibrated
+from apotfx.training.distributed import Processes, leave
+
+folder, wrapped, checkpointed = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right, self.never, self.head = (nn.Linear(4, 4) for _ in range(5))
+    def forward(self, x, experts):
+        x = self.stem(x)
+        if "left" in experts:
+            x = self.left(x)
+        if "right" in experts:
+            x = self.right(x)
+        return checkpoint(self.head, x, use_reentrant=False) if checkpointed else self.head(x)
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+    def forward(self, x, experts):
+        return self.experts(x, experts)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+processes = Processes("cpu")
+net = apotfx.quantize(Whole(), apotfx.BitPolicy((apotfx.Rule(granularity="channel"),)))
+if not any("Synchronizer" in type(hook).__name__ for hook in net._forward_hooks.values()):
+    synchronize_clips(net)
+network = DistributedDataParallel(net, find_unused_parameters=True) if wrapped else net
+optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+torch.manual_seed(1 + processes.rank)
+local, states, waiting, errors = {}, [], [], []
+for step, experts in enumerate([("", ""), ("left", ""), ("left", "right"), ("", "left")]):
+    experts = experts[processes.rank]
+    x = (1 + 3 * processes.rank) * torch.randn(16, 4)
+    if step == 0:
+        handle = net.experts.stem.register_forward_hook(lambda *_: local.update({k: p.detach().clone() for k, p in net.named_parameters()}))
+    y = network(x, experts)
+    handle.remove()
+    states.append({k: p.detach().clone() for k, p in net.named_parameters() if k.endswith("clip")})
+    waiting.append(uncalibrated(net))
+    y.square().sum().backward()
+    if not wrapped:
+        for p in net.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save({"states": states, "waiting": waiting, "local": local["experts.stem.input_quantizer.clip"]}, f"{folder}/{processes.rank}.pt")
+processes.wait()
+processes.close()
+leave(0)
+"""
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -80,6 +145,22 @@ def test_two_processes_give_the_gradients_and_statistics_of_one(tmp_path):
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "DDP"])
+def test_processes_agree_on_clips_though_not_all_reach_a_layer(wrapped, checkpointed, tmp_path):
+    """A layer that a process does not reach in its first batch gets the clip that another one found, and no process waits."""
+    (tmp_path / "worker.py").write_text(EXPERTS)
+    torchrun(tmp_path / "worker.py", tmp_path, wrapped, checkpointed)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["waiting"] == two["waiting"]
+    expected = [["left", "right", "never"], ["right", "never"], ["never"], ["never"]]
+    assert one["waiting"] == [[f"experts.{name}" for name in names] for names in expected]
+    for a, b in zip(one["states"], two["states"], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    mean = (one["local"].double() + two["local"].double()) / 2
+    assert one["local"] != two["local"] and one["states"][0]["experts.stem.input_quantizer.clip"] == mean.float()
 
 
 def test_training_on_two_processes_equals_training_on_one(tmp_path):

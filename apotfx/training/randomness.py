@@ -17,6 +17,7 @@ def seed_generators(device: torch.device, *key: object) -> None:
     seed = seed_of(*key)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
