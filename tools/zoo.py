@@ -105,13 +105,12 @@ class Passage:
         apotfx.calibrate(self.qmodel.eval(), [self.inputs])
 
     def compare(self) -> None:
-        """With the float network, and where much is lost, that with the same network in 8 bits that nobody traced."""
+        """With the float network, and that with the same network in 8 bits that nobody traced."""
         self.row["snr"] = signal_to_noise(self.expected, evaluate(self.qmodel, self.inputs))
-        if self.row["snr"] is None or self.row["snr"] < LEAST:
-            outputs, products = in_8_bits(self.model.eval(), self.inputs)
-            self.model.train(self.training)
-            self.row["snr_of_8_bits"] = signal_to_noise(self.expected, tensors(outputs))
-            self.row["worst_products"] = products[:3]
+        outputs, products = in_8_bits(self.model.eval(), self.inputs)
+        self.model.train(self.training)
+        self.row["snr_of_8_bits"] = signal_to_noise(self.expected, tensors(outputs))
+        self.row["worst_products"] = products[:3]
 
     def summary(self) -> None:
         self.row["share_of_macs_quantized"] = apotfx.summary(self.qmodel, self.inputs).quantized_macs / self.row["macs"]
@@ -253,7 +252,7 @@ def require_equal(expected: list[Tensor], got: list[Tensor]) -> None:
 def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[dict], None]) -> None:
     """Send the row of one network again at each step, so that the last one tells where its process ended."""
     row = {"list": list_name, "name": name, "step": "build", "problems": {}, "package": package(list_name)}
-    row |= {"example_inputs": False, "bits": bits}
+    row |= {"example_inputs": False, "seconds_of": {}}
     start = time.perf_counter()
     send(row)
     with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as directory:
@@ -264,8 +263,9 @@ def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[d
         except Exception as error:  # whatever goes wrong is what the table is for
             row["problems"]["build"] = describe(error)
         else:
+            row["seconds_of"]["build"] = time.perf_counter() - start
             for step in Passage.STEPS:
-                row["step"] = step
+                row["step"], begin = step, time.perf_counter()
                 send(row)
                 try:
                     getattr(passage, step)()
@@ -273,6 +273,7 @@ def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[d
                     row["problems"][step] = describe(error, step)
                     if step not in Passage.ASIDE:
                         break
+                row["seconds_of"][step] = time.perf_counter() - begin
     row["step"] = "end"
     row["warnings"] = list(dict.fromkeys(one_line(warning.message) for warning in caught))
     row["seconds"] = time.perf_counter() - start
@@ -399,6 +400,7 @@ def run(args: argparse.Namespace) -> bool:
     def one(key: tuple[str, str]) -> None:
         begin = time.monotonic()
         if args.limit_seconds is not None and begin - start >= args.limit_seconds:
+            late.append(key)
             return
         limits = {"timeout": args.timeout, "memory": args.memory * 2**30}
         row, ended = in_own_process(examine, *key, args.bits, args.scheme, **limits)
@@ -407,17 +409,22 @@ def run(args: argparse.Namespace) -> bool:
         if ended:
             row["problems"][row["step"]] = ended
             row["seconds"] = time.monotonic() - begin
-        results.add(row)
-        print(line(row), flush=True)
+        if not stopped.is_set():
+            results.add(row)
+            print(line(row), flush=True)
 
-    todo = [key for key in chosen if not is_done(key)]
-    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
-    try:
-        for future in [pool.submit(one, key) for key in todo]:
-            future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if args.limit_seconds is not None and time.monotonic() - start >= args.limit_seconds:
+    late, stopped = [], threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for future in [pool.submit(one, key) for key in chosen if not is_done(key)]:
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+    if late:
         print(f"stopped after {args.limit_seconds} s; --resume goes on")
     rows = [results.rows[key] for key in chosen if key in results.rows]
     print(f"{sum(map(is_ok, rows))} of {len(chosen)} ok; {results.markdown}")
@@ -460,7 +467,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if every network is ok or refused, 1 if one is not, 2 for a user's mistake, 130 when stopped by Ctrl-C."""
+    """The exit code: 0 if every network is ok or refused, 1 if not, 2 for a user's mistake, 130 when stopped by Ctrl-C."""
     try:
         return 0 if run(make_parser().parse_args(argv)) else 1
     except (ApotfxError, OSError) as error:

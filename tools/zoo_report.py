@@ -13,7 +13,7 @@ EXACT = 60.0  # dB, of a network whose quantizers are off to the float network
 MARGIN = 3.0  # dB, between two ways to 8 bits
 PRODUCTS_OF_WEIGHTS = {"aten.convolution", "aten.addmm", "aten.mm"}
 HEADERS = [
-    "network", "input", "verdict", "dB", "off, dB", "equal", "layers", "leaves", "MACs, M", "quantized", "quantize, s",
+    "network", "input", "verdict", "dB", "by torch", "off, dB", "equal", "layers", "leaves", "MACs, M", "quantized", "quantize, s",
     "total, s",
 ]  # fmt: skip
 EXPLANATION = f"""\
@@ -23,12 +23,11 @@ that it is then compared on, a step of SGD, `export_integer` and `load_integer`.
 
 - verdict: *ok* if each of these went through, the reloaded network equals the quantized one in every bit, the quantized
   one has at least {LEAST:g} dB in evaluation, and without quantizers at least {EXACT:g} dB in both modes; *refused* if
-  `quantize`, `calibrate` or `export_integer` says why not; *noisy* if all holds but the {LEAST:g} dB, and the float
-  network, run by torch with both operands of every product with a parameter rounded to 8 bits, keeps no more than
-  {MARGIN:g} dB above it: then 8 bits are not enough, whoever traces it; *wrong* if it is another network; *fails*
-  otherwise.
+  `quantize`, `calibrate` or `export_integer` says why not; *noisy* if all holds but the {LEAST:g} dB, and 8 bits by torch
+  keep at most {MARGIN:g} dB more; *wrong* if it is another network; *fails* otherwise.
 - dB: signal-to-noise ratio of the output in 8 bits to that of the float network, of the worst output; the signal is only
-  what differs between the two samples of the batch.
+  what differs between the two samples of the batch. By torch: the same of the float network run by torch with both
+  operands of every product with a parameter rounded to 8 bits, which nobody traced.
 - off, dB: the same of the traced network with all its layers left in float, in evaluation / in training from the same
   random state; "=" is equal in every bit.
 - equal: whether all outputs of the reloaded network equal those of the quantized one in every bit.
@@ -121,6 +120,7 @@ def cells(row: Mapping) -> list[str]:
         shown("input_shape", shapes),
         verdict(row).partition(":")[0],
         shown("snr", decibels),
+        shown("snr_of_8_bits", decibels),
         modes[0] if modes[0] == modes[1] else " / ".join(modes),
         shown("equal_after_reload", lambda equal: "yes" if equal else "no"),
         shown("layers", lambda count: f"{row['layers_quantized']} of {count}"),
