@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo_init import bind
 from zoo_networks import LISTS, Subject, missing
 from zoo_noise import EQUAL, in_8_bits, signal_to_noise
-from zoo_report import LEAST, is_ok, line, report
+from zoo_report import is_ok, line, report
 
 import apotfx
 from apotfx.errors import ApotfxError
@@ -47,6 +47,7 @@ from apotfx.policy import FLOAT_BITS
 
 SEED = 0
 LEARNING_RATE = 1e-6
+PATIENCE = 10
 TOOLS = str(Path(__file__).parent)
 
 
@@ -140,7 +141,7 @@ class Unequal(Exception):
 
 def timed(function: Callable, *args, **kwargs) -> tuple[object, float]:
     start = time.perf_counter()
-    return function(*args, **kwargs), time.perf_counter() - start
+    return function(*args, **kwargs), time.process_time()
 
 
 def hidden_layers(qmodel: nn.Module) -> tuple[int, int]:
@@ -253,19 +254,20 @@ def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[d
     """Send the row of one network again at each step, so that the last one tells where its process ended."""
     row = {"list": list_name, "name": name, "step": "build", "problems": {}, "package": package(list_name)}
     row |= {"example_inputs": False, "seconds_of": {}}
-    start = time.perf_counter()
     send(row)
     with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as directory:
         warnings.simplefilter("always")
         try:
             seed_all()
-            passage = Passage(LISTS[list_name].build(name), apotfx.BitPolicy.default(bits, scheme), row, Path(directory))
+            passage = Passage(
+                LISTS[list_name].build(name), apotfx.BitPolicy.default(bits, scheme), row, Path(directory)
+            )
         except Exception as error:  # whatever goes wrong is what the table is for
             row["problems"]["build"] = describe(error)
         else:
-            row["seconds_of"]["build"] = time.perf_counter() - start
+            row["seconds_of"]["build"] = time.process_time()
             for step in Passage.STEPS:
-                row["step"], begin = step, time.perf_counter()
+                row["step"], begin = step, time.process_time()
                 send(row)
                 try:
                     getattr(passage, step)()
@@ -273,10 +275,10 @@ def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[d
                     row["problems"][step] = describe(error, step)
                     if step not in Passage.ASIDE:
                         break
-                row["seconds_of"][step] = time.perf_counter() - begin
+                row["seconds_of"][step] = time.process_time() - begin
     row["step"] = "end"
     row["warnings"] = list(dict.fromkeys(one_line(warning.message) for warning in caught))
-    row["seconds"] = time.perf_counter() - start
+    row["seconds"] = time.process_time()
     row["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     send(row)
 
@@ -304,16 +306,22 @@ def package(list_name: str) -> str:
 
 
 def in_own_process(function: Callable, *args, timeout: float, memory: int = 2**40) -> tuple[dict, str | None]:
-    """(the last row that `function(*args, send)` sent, what ended its process early); `memory` is in bytes."""
+    """(the last row that `function(*args, send)` sent, what ended its process early).
+
+    Args:
+        timeout: seconds of the processor; on a busy machine a process has `PATIENCE` times as many by the clock.
+        memory: in bytes.
+    """
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=serve, args=(sender, memory, function, *args), daemon=True)
+    process = PROCESSES.Process(target=serve, args=(sender, timeout, memory, function, *args), daemon=True)
     process.start()
     sender.close()
-    row, deadline = {}, time.monotonic() + timeout
+    row, patience = {}, PATIENCE * timeout
+    deadline = time.monotonic() + patience
     try:
         while receiver.poll(max(0, deadline - time.monotonic())):
             row = receiver.recv()
-        return row, f"took longer than {timeout:g} s"
+        return row, f"was not done after {patience:g} s"
     except EOFError:
         process.join()
         code = process.exitcode
@@ -325,9 +333,10 @@ def in_own_process(function: Callable, *args, timeout: float, memory: int = 2**4
         receiver.close()
 
 
-def serve(sender: Connection, memory: int, function: Callable, *args) -> None:
+def serve(sender: Connection, timeout: int, memory: int, function: Callable, *args) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends this process
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout + 1))
     logging.getLogger("apotfx").setLevel(logging.ERROR)
     function(*args, sender.send)
 
@@ -335,7 +344,6 @@ def serve(sender: Connection, memory: int, function: Callable, *args) -> None:
 # A server that has imported torch forks much faster than a new interpreter starts; forking this process is not safe.
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PROCESSES = multiprocessing.get_context(METHOD)
-PROCESSES.set_forkserver_preload(["torchvision", "apotfx", "timm", "transformers.modeling_utils"])
 
 
 class Results:
@@ -372,15 +380,19 @@ class Results:
         known = [(each, name) for each in LISTS for name in LISTS[each].names()]
         rows = [self.rows[key] for key in known if key in self.rows]
         write_atomic(self.json, (json.dumps({"facts": self.facts, "rows": rows}, indent=1) + "\n").encode())
-        write_atomic(self.markdown, report(self.facts, rows, {each: len(LISTS[each].names()) for each in LISTS}).encode())
+        write_atomic(
+            self.markdown, report(self.facts, rows, {each: len(LISTS[each].names()) for each in LISTS}).encode()
+        )
 
 
 def commit() -> str:
     """Of the library that is imported; "unknown" outside of a repository, and with "-dirty" where it was edited."""
     command = ["git", "-C", str(Path(apotfx.__file__).parent)]
     try:
-        found = [subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-                 for arguments in (["log", "-1", "--format=%h", "--", "."], ["status", "--porcelain", "--", "."])]
+        found = [
+            subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["log", "-1", "--format=%h", "--", "."], ["status", "--porcelain", "--", "."])
+        ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found[0] + "-dirty" * bool(found[1])
@@ -391,6 +403,7 @@ def run(args: argparse.Namespace) -> bool:
     chosen, made_by = choose(args.list, args.only), commit()
     facts = {"bits": args.bits, "scheme": args.scheme, "torch": torch.__version__}
     results, start = Results(args.output, facts), time.monotonic()
+    PROCESSES.set_forkserver_preload(["apotfx", *{LISTS[each].module for each, _ in chosen}])
 
     def is_done(key: tuple[str, str]) -> bool:
         row = results.rows.get(key)
@@ -459,7 +472,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=8, help="2 to 8 (default 8)")
     add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="uniform",
         help=f"one of {', '.join(SCHEMES)} (default uniform)")
-    add("--timeout", metavar="N", type=positive, default=180, help="seconds that a network may take (default 180)")
+    add("--timeout", metavar="N", type=positive, default=180, help="seconds of the processor that a network may take (default 180)")
     add("--memory", metavar="N", type=positive, default=12, help="GiB that a network may take (default 12)")
     add("--limit-seconds", metavar="N", type=positive, help="begin no network after that; --resume goes on")
     # fmt: on

@@ -19,6 +19,8 @@ from zoo_transformers import RECIPES, VOCABULARY, WIDTH, Recipe, text
 BATCH = 2  # batch norm needs two values where the map is a single pixel
 PIXELS = (64, 96, 112, 128, 192, 224, 256, 299)
 CLIPS = ((4, 64), (8, 112), (16, 224))  # (frames, pixels)
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())  # ultralytics writes its settings there
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 # The smallest network of every family of timm, and those that were taken before.
 TIMM = (
@@ -76,11 +78,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class NetworkList:
-    """Names, and how the network of a name is built; `package` is what it comes from."""
+    """Names, and how the network of a name is built; `package` is what it comes from, by importing `module`."""
 
     names: Callable[[], list[str]]
     build: Callable[[str], Subject]
     package: str = "torchvision"
+    module: str = "torchvision"
 
 
 def of_module(module) -> Callable[[], list[str]]:
@@ -154,10 +157,8 @@ def build_smp(name: str) -> Subject:
 
 
 def build_yolo(name: str) -> Subject:
-    os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())  # it keeps its settings there
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
-    tasks = import_or_skip("ultralytics.nn.tasks")
-    return fitted(getattr(tasks, f"{YOLO[name]}Model")(f"{name}.yaml", verbose=False), images())
+    model = getattr(import_or_skip("ultralytics.nn.tasks"), f"{YOLO[name]}Model")
+    return fitted(model(f"{name}.yaml", verbose=False), images())
 
 
 def image_like(*shape: int) -> Tensor:
@@ -202,18 +203,22 @@ LISTS = {
     "segmentation": NetworkList(of_module(torchvision.models.segmentation), build_segmentation),
     "video": NetworkList(of_module(torchvision.models.video), build_video),
     "detection": NetworkList(of_module(torchvision.models.detection), build_detection),
-    "timm": NetworkList(lambda: list(TIMM), build_timm, "timm"),
-    "transformers": NetworkList(lambda: list(RECIPES), build_transformers, "transformers"),
-    "transformers-fx": NetworkList(lambda: list(SYMBOLIC), build_symbolic, "transformers"),
-    "smp": NetworkList(lambda: list(SMP), build_smp, "segmentation_models_pytorch"),
-    "yolo": NetworkList(lambda: list(YOLO), build_yolo, "ultralytics"),
+    "timm": NetworkList(lambda: list(TIMM), build_timm, "timm", "timm"),
+    "transformers": NetworkList(
+        lambda: list(RECIPES), build_transformers, "transformers", "transformers.modeling_utils"
+    ),
+    "transformers-fx": NetworkList(
+        lambda: list(SYMBOLIC), build_symbolic, "transformers", "transformers.modeling_utils"
+    ),
+    "smp": NetworkList(lambda: list(SMP), build_smp, "segmentation_models_pytorch", "segmentation_models_pytorch"),
+    "yolo": NetworkList(lambda: list(YOLO), build_yolo, "ultralytics", "ultralytics.nn.tasks"),
 }
 
 
 def missing(name: str) -> str | None:
     """Why the list `name` cannot be had here."""
     try:
-        import_or_skip(LISTS[name].package)
+        import_or_skip(LISTS[name].module.partition(".")[0])
     except Skip as skip:
         return str(skip)
     return None

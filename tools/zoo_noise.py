@@ -14,7 +14,12 @@ from zoo_init import bind
 EQUAL = 200.0  # dB, of what is equal: float32 resolves 150
 SHARES = tuple(i / 20 for i in range(6, 21))  # of the largest magnitude, that are tried as clip
 ATEN = torch.ops.aten
-OPERANDS = {ATEN.convolution.default: (0, 1), ATEN.addmm.default: (1, 2), ATEN.mm.default: (0, 1), ATEN.bmm.default: (0, 1)}
+OPERANDS = {
+    ATEN.convolution.default: (0, 1),
+    ATEN.addmm.default: (1, 2),
+    ATEN.mm.default: (0, 1),
+    ATEN.bmm.default: (0, 1),
+}
 
 
 def signal_to_noise(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float | None:

@@ -34,7 +34,7 @@ that it is then compared on, a step of SGD, `export_integer` and `load_integer`.
 - layers: quantized, of all; leaves: modules that were kept whole.
 - MACs: multiply-accumulates of the float network on this input in evaluation, by torch's FlopCounterMode, with padding
   and with the products of two activations, as in attention; quantized: the share of them by `apotfx.summary`.
-- quantize, s: of `quantize` alone, the first call in its process; total, s: of everything.
+- quantize, s: of `quantize` alone, the first call in its process; total, s: of everything, in time of the processor.
 """
 
 

@@ -15,7 +15,12 @@ WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 LLAMA = WIDTH | {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
 BERT = WIDTH | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 VISION = WIDTH | {"image_size": 64, "patch_size": 16}
-CONVOLUTIONS = {"conv_dim": (32,) * 3, "conv_kernel": (10, 3, 3), "conv_stride": (5, 4, 4), "num_feat_extract_layers": 3}
+CONVOLUTIONS = {
+    "conv_dim": (32,) * 3,
+    "conv_kernel": (10, 3, 3),
+    "conv_stride": (5, 4, 4),
+    "num_feat_extract_layers": 3,
+}
 SPEECH = WIDTH | CONVOLUTIONS | {"vocab_size": VOCABULARY, "num_conv_pos_embeddings": 16,
                                  "num_conv_pos_embedding_groups": 4}  # fmt: skip
 PYRAMID = {"depths": [1, 1, 1, 1], "num_encoder_blocks": 4, "hidden_sizes": [16, 32, 48, 64]}
