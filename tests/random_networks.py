@@ -237,8 +237,10 @@ def main() -> int:
             continue
         if not args.whole and verdict.what != "unsuited":
             program, verdict = minimize(program, verdict, library)
+        kinds = ", ".join(sorted(program.kinds)) or "nothing"
+        print(f"seed {program.seed} ({kinds}): {verdict.what}, {verdict.stage}: {verdict.reason}", flush=True)
         if verdict.what == "wrong":
-            failures[", ".join(sorted(program.kinds)) or "nothing"].append((program, verdict))
+            failures[kinds].append((program, verdict))
         else:
             refusals[f"{verdict.what}, {verdict.stage}"].append((program, verdict.reason))
     for kind, found in sorted(failures.items(), key=lambda item: (-len(item[1]), item[0])):
