@@ -19,7 +19,6 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import table
 import table_report
 import table_runs
@@ -162,8 +161,8 @@ class TestFlags:
             (["--resume", "x"], "-- --resume: the table sets it"),
             (["--teacher", "x"], "-- --teacher: the table sets it"),
             (["--no-such-flag"], "-- --no-such-flag: unrecognized arguments: --no-such-flag; see python tools/"),
-            (["--lr", "abc"], "-- --lr abc: argument --lr: invalid float value: 'abc'; see python tools/train.py"),
-            (["--lr", "-1"], "--lr -1.0: expected more than 0"),
+            (["--lr", "abc"], "-- --lr abc: argument --lr: got 'abc', expected a finite number above 0; see python tools/"),
+            (["--lr", "-1"], "-- --lr -1: argument --lr: got '-1', expected a finite number above 0"),
             (["--gpu", "1"], "-- a numbered GPU: each training sees one; choose with CUDA_VISIBLE_DEVICES"),
             (["--device", "cuda:1"], "-- a numbered GPU: each training sees one"),
             (["--dataset", "mnits"], "unknown data set 'mnits': expected one of mnist, "),

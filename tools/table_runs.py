@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 import train
 import yaml
-from bench_common import usable_cores
+from arguments import usable_cores
 
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic

@@ -6,15 +6,133 @@ python tools/train.py --arch resnet18 --bit 4
 
 import argparse
 import ctypes
-import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import arguments as arg
+from command_line import Parser, run_tool
+
+SCHEDULES = ("constant", "cosine", "onecycle", "step")
+AUGMENTATIONS = ("default", "strong", "flip", "none")
+DEFAULTS = {
+    "arch": "resnet18", "bit": 4, "scheme": "apot", "epochs": 25, "batch_size": 128, "lr": 0.1, "momentum": 0.9,
+    "weight_decay": 5e-4, "schedule": "onecycle", "ema": 0.998, "augment": "default", "label_smoothing": 0.0,
+    "clip_init": "mse", "clip_lr": 1.0, "teacher_weight": 0.7, "temperature": 4.0, "seed": 0,
+}  # of TrainConfig  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("train.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    d = DEFAULTS
+
+    what = p.add_argument_group("network and data")
+    what.add_argument(
+        "-a",
+        "--arch",
+        type=arg.name,
+        help=f"resnet10 ... resnet110, mlp, vgg7, vit or torchvision/NAME (default {d['arch']})",
+    )
+    what.add_argument(
+        "--bit",
+        type=arg.one_of([*arg.BITS, arg.FLOAT_BITS]),
+        help=f"2 to 8 bits, or 32 for a float network (default {d['bit']})",
+    )
+    what.add_argument("--scheme", type=arg.name, help=f"apot, pot or uniform (default {d['scheme']})")
+    what.add_argument("--power", type=int, choices=(0, 1), help="1: scheme apot, 0: scheme uniform")
+    what.add_argument(
+        "--policy", type=arg.name, metavar="FILE", help="YAML file with rules per layer, in place of --bit and --scheme"
+    )
+    what.add_argument("--dataset", type=arg.name, help=f"one of {', '.join(arg.DATASETS)} (default mnist)")
+    what.add_argument(
+        "--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA, or a download into data/"
+    )
+    what.add_argument(
+        "--image-size", type=arg.positive, help="resize images to this many pixels (default: as they are)"
+    )
+    what.add_argument(
+        "--train-images", type=arg.positive, metavar="N", help="learn from N training images (default: from all)"
+    )
+    what.add_argument("--dry-run", action="store_true", help="print what each layer would get, and stop")
+    what.add_argument("--explain", action="store_true", help="with --dry-run: print the reason for each decision")
+
+    how = p.add_argument_group("training")
+    how.add_argument(
+        "--recipe",
+        type=arg.name,
+        help=f"{', '.join(arg.RECIPES)}: settings that the flags below change (default default)",
+    )
+    how.add_argument("--epochs", type=arg.positive, help=f"(default {d['epochs']})")
+    how.add_argument("-b", "--batch-size", type=arg.positive, help=f"over all processes (default {d['batch_size']})")
+    how.add_argument("--lr", type=arg.above_0, help=f"peak learning rate (default {d['lr']})")
+    how.add_argument("--momentum", type=arg.decay, help=f"(default {d['momentum']})")
+    how.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=arg.factor, help=f"(default {d['weight_decay']})"
+    )
+    how.add_argument("--schedule", type=arg.name, help=f"{', '.join(SCHEDULES)} (default {d['schedule']})")
+    how.add_argument(
+        "--ema", type=arg.decay, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})"
+    )
+    how.add_argument("--augment", type=arg.name, help=f"{', '.join(AUGMENTATIONS)} (default {d['augment']})")
+    how.add_argument("--label-smoothing", type=arg.share, help=f"(default {d['label_smoothing']})")
+    how.add_argument("--clip-init", type=arg.name, help=f"{', '.join(arg.CALIBRATIONS)} (default {d['clip_init']})")
+    how.add_argument(
+        "--clip-lr", type=arg.factor, metavar="FACTOR", help=f"of the clips' learning rate (default {d['clip_lr']})"
+    )
+    how.add_argument(
+        "--pretrained", type=arg.name, metavar="CKPT", help="start from these weights: float, other bits, or published"
+    )
+    how.add_argument(
+        "--teacher",
+        type=arg.name,
+        metavar="CKPT",
+        action="append",
+        help="distil from this float network; several times: from each in turn, step by step",
+    )
+    how.add_argument(
+        "--teacher-weight", type=arg.share, help=f"share of distillation in the loss (default {d['teacher_weight']})"
+    )
+    how.add_argument("--temperature", type=arg.above_0, help=f"of the distillation (default {d['temperature']})")
+    how.add_argument("--seed", type=arg.seed, help=f"(default {d['seed']})")
+    how.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
+    how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    how.add_argument(
+        "--engine", type=arg.name, help=f"what computes quantized layers: auto, {', '.join(arg.ENGINES)} (default auto)"
+    )
+
+    run = p.add_argument_group("running")
+    run.add_argument("--name", type=arg.name, help="of the new directory in runs/ (default: made up)")
+    run.add_argument("--resume", type=arg.name, metavar="RUN", help="continue the stopped run in this directory")
+    run.add_argument("-e", "--evaluate", action="store_true", help="only evaluate --pretrained or --resume")
+    run.add_argument("--device", type=arg.name, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    run.add_argument("--gpu", type=arg.whole(0, 2**15), metavar="N", help="short for --device cuda:N")
+    run.add_argument(
+        "-j", "--workers", type=arg.count, default=0, help="processes that decode a folder's images (default 0)"
+    )
+    run.add_argument(
+        "-p", "--print-freq", type=arg.positive, default=100, help="steps between lines of progress (default 100)"
+    )
+    run.add_argument(
+        "--profile", action="store_true", help="write a trace of some steps for the PyTorch Profiler plugin"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code; see `run_tool`."""
+    return run_tool("train", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    exit_code = main()
+    if "apotfx.training.distributed" in sys.modules:
+        sys.modules["apotfx.training.distributed"].leave(exit_code)
+    sys.exit(exit_code)
+
 import torch
 
-from apotfx.engine import ENGINES, Choice
+from apotfx.engine import Choice
 from apotfx.errors import ApotfxError
 from apotfx.models import require_known
 from apotfx.policy import BitPolicy
@@ -29,83 +147,15 @@ from apotfx.training.build import (
     with_published_policy,
 )
 from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
-from apotfx.training.config import AUGMENTATIONS, CLIP_INITS, SCHEDULES, TrainConfig
-from apotfx.training.data import DATASETS, Dataset, load_dataset
-from apotfx.training.distributed import Processes, leave, pick_device
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import Dataset, load_dataset
+from apotfx.training.distributed import Processes, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
-from apotfx.training.recipes import RECIPES, settings_of
+from apotfx.training.recipes import settings_of
 from apotfx.training.run import accuracies, create_run_dir, report, result_table, write_config
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    d = {field.name: field.default for field in fields(TrainConfig)}
-
-    what = p.add_argument_group("network and data")
-    what.add_argument(
-        "-a", "--arch", help=f"resnet10 ... resnet110, mlp, vgg7, vit or torchvision/NAME (default {d['arch']})"
-    )
-    what.add_argument("--bit", type=int, help=f"2 to 8 bits, or 32 for a float network (default {d['bit']})")
-    what.add_argument("--scheme", help=f"apot, pot or uniform (default {d['scheme']})")
-    what.add_argument("--power", type=int, choices=(0, 1), help="1: scheme apot, 0: scheme uniform")
-    what.add_argument("--policy", metavar="FILE", help="YAML file with rules per layer, in place of --bit and --scheme")
-    what.add_argument("--dataset", help=f"one of {', '.join(DATASETS)} (default mnist)")
-    what.add_argument(
-        "--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or a download into data/"
-    )
-    what.add_argument("--image-size", type=int, help="resize images to this many pixels (default: as they are)")
-    what.add_argument("--train-images", type=int, metavar="N", help="learn from N training images (default: from all)")
-    what.add_argument("--dry-run", action="store_true", help="print what each layer would get, and stop")
-    what.add_argument("--explain", action="store_true", help="with --dry-run: print the reason for each decision")
-
-    how = p.add_argument_group("training")
-    how.add_argument("--recipe", help=f"{', '.join(RECIPES)}: settings that the flags below change (default default)")
-    how.add_argument("--epochs", type=int, help=f"(default {d['epochs']})")
-    how.add_argument("-b", "--batch-size", type=int, help=f"over all processes (default {d['batch_size']})")
-    how.add_argument("--lr", type=float, help=f"peak learning rate (default {d['lr']})")
-    how.add_argument("--momentum", type=float, help=f"(default {d['momentum']})")
-    how.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help=f"(default {d['weight_decay']})")
-    how.add_argument("--schedule", help=f"{', '.join(SCHEDULES)} (default {d['schedule']})")
-    how.add_argument(
-        "--ema", type=float, metavar="DECAY", help=f"moving average of the weights, 0 for none (default {d['ema']})"
-    )
-    how.add_argument("--augment", help=f"{', '.join(AUGMENTATIONS)} (default {d['augment']})")
-    how.add_argument("--label-smoothing", type=float, help=f"(default {d['label_smoothing']})")
-    how.add_argument("--clip-init", help=f"{', '.join(CLIP_INITS)} (default {d['clip_init']})")
-    how.add_argument(
-        "--clip-lr", type=float, metavar="FACTOR", help=f"of the clips' learning rate (default {d['clip_lr']})"
-    )
-    how.add_argument("--pretrained", metavar="CKPT", help="start from these weights: float, other bits, or published")
-    how.add_argument(
-        "--teacher",
-        metavar="CKPT",
-        action="append",
-        help="distil from this float network; several times: from each in turn, step by step",
-    )
-    how.add_argument(
-        "--teacher-weight", type=float, help=f"share of distillation in the loss (default {d['teacher_weight']})"
-    )
-    how.add_argument("--temperature", type=float, help=f"of the distillation (default {d['temperature']})")
-    how.add_argument("--seed", type=int, help=f"(default {d['seed']})")
-    how.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
-    how.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    how.add_argument("--engine", help=f"what computes quantized layers: auto, {', '.join(ENGINES)} (default auto)")
-
-    run = p.add_argument_group("running")
-    run.add_argument("--name", help="of the new directory in runs/ (default: made up)")
-    run.add_argument("--resume", metavar="RUN", help="continue the stopped run in this directory")
-    run.add_argument("-e", "--evaluate", action="store_true", help="only evaluate --pretrained or --resume")
-    run.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    run.add_argument("--gpu", type=int, metavar="N", help="short for --device cuda:N")
-    run.add_argument("-j", "--workers", type=int, default=0, help="processes that decode a folder's images (default 0)")
-    run.add_argument("-p", "--print-freq", type=int, default=100, help="steps between lines of progress (default 100)")
-    run.add_argument(
-        "--profile", action="store_true", help="write a trace of some steps for the PyTorch Profiler plugin"
-    )
-    return p
 
 
 def explicit_settings(args: argparse.Namespace) -> dict:
@@ -198,9 +248,17 @@ def require_resumable(args: argparse.Namespace, resume: Checkpoint) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for flag, least in (("print_freq", 1), ("workers", 0)):
-        if getattr(args, flag) < least:
-            raise ApotfxError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
+    keep_freed_memory()
+    try:
+        carry_out(args)
+    except Interrupted as stopped:
+        command = resume_command(args, stopped.run_dir)
+        raise KeyboardInterrupt(f"stopped at {stopped}; continue with: {command}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped before training began; nothing to continue") from None
+
+
+def carry_out(args: argparse.Namespace) -> None:
     if "explain" in args and "dry_run" not in args:
         raise ApotfxError("--explain: explains the plan that --dry-run prints; add --dry-run")
     given = explicit_settings(args)
@@ -313,25 +371,3 @@ def keep_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)) if mallopt else ():
             mallopt(parameter, value)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 for a user's mistake or a failing disk, 130 when stopped by a signal."""
-    args = make_parser().parse_args(argv)
-    keep_freed_memory()
-    try:
-        run(args)
-        return 0
-    except (ApotfxError, OSError) as error:
-        message, code = f"train.py: error: {error}", 2
-    except Interrupted as stopped:
-        message, code = f"stopped at {stopped}; continue with: {resume_command(args, stopped.run_dir)}", 130
-    except KeyboardInterrupt:
-        message, code = "stopped before training began; nothing to continue", 130
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-    return code
-
-
-if __name__ == "__main__":
-    leave(main())
