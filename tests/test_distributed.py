@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apotfx.errors import ApotfxError
+from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.distributed import Processes, pick_device
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +92,8 @@ def test_training_on_two_processes_equals_training_on_one(tmp_path):
     for processes in (1, 2):
         done = torchrun(*command, "--name", processes, processes=processes, cwd=tmp_path)
         assert len(re.findall("^test acc", done.stdout, re.MULTILINE)) == 1  # only one process reports
-        states.append(torch.load(tmp_path / "runs" / str(processes) / "checkpoint.pt", weights_only=True))
-    one, two = (state["model"] for state in states)
+        states.append(read_checkpoint(tmp_path / "runs" / str(processes)).resume["model"])
+    one, two = states
     for name in one:
         torch.testing.assert_close(
             two[name].float(), one[name].float(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

@@ -26,6 +26,7 @@ from table_runs import ABLATIONS, LocalExecutor, Run, TableDirectory, execute, p
 
 from apotfx.errors import ApotfxError
 from apotfx.policy import BitPolicy
+from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.recipes import RECIPES, best
 
 TOOL = Path(table.__file__)
@@ -546,10 +547,7 @@ def test_a_stopped_table_goes_on_to_the_same_weights(number, monkeypatch, capsys
         wait_for(lambda: not is_locked("runs/stopped/logs/lock"))
     for name in ("stopped", "whole"):
         assert call(*flags, "--name", name, quick=quick) == 0
-    a, b = (
-        torch.load(f"runs/{name}/default/resnet10-apot3-s0/best.pt", weights_only=True)["model"]
-        for name in ("stopped", "whole")
-    )
+    a, b = (read_checkpoint(f"runs/{name}/default/resnet10-apot3-s0/best.pt").state for name in ("stopped", "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import apotfx
 from apotfx.models import build_model
+from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.data import load_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,10 @@ def call(*flags):
 
 
 def load(path):
-    return torch.load(path, weights_only=True)
+    """The weights in a checkpoint; of `checkpoint.pt`, with those that are averaged."""
+    checkpoint = read_checkpoint(path)
+    averaged = checkpoint.resume["model"] if checkpoint.resume else {}
+    return checkpoint.state | {f"averaged {name}": tensor for name, tensor in averaged.items()}
 
 
 def same(a, b):
@@ -129,7 +133,7 @@ def test_the_events_of_a_run_show_what_quantization_does(run_4_bit):
 def test_a_run_is_repeatable(run_4_bit):
     assert call("--bit", 4, "--epochs", 2, "--name", "again", "--seed", 3) == 0
     for name in ("best.pt", "checkpoint.pt"):
-        assert same(load(run_4_bit / name)["model"], load(Path("runs/again") / name)["model"])
+        assert same(load(run_4_bit / name), load(Path("runs/again") / name))
 
 
 def test_evaluate_agrees_with_the_run_and_leaves_it_alone(run_4_bit, capsys):
@@ -206,7 +210,7 @@ def test_float_then_teacher_then_lower_bits(run_float):
     assert (
         call("--bit", 2, "--name", "2", "--epochs", 1, "--lr", 1e-9, "--ema", 0, "--pretrained", "runs/4/best.pt") == 0
     )
-    four, two = (load(f"runs/{bits}/best.pt")["model"] for bits in (4, 2))
+    four, two = (load(f"runs/{bits}/best.pt") for bits in (4, 2))
     for name in (
         "layer1.0.conv1.weight",
         "layer1.0.conv1.input_quantizer.clip",
@@ -296,8 +300,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(how, uninterrupted):
     _, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, err
     whole, part = (load(path / "checkpoint.pt") for path in (uninterrupted, Path("runs/part")))
-    assert same(whole["model"], part["model"]) and same(whole["ema"], part["ema"])
-    assert same(load(uninterrupted / "best.pt")["model"], load("runs/part/best.pt")["model"])
+    assert same(whole, part)
+    assert same(load(uninterrupted / "best.pt"), load("runs/part/best.pt"))
     steps = [
         [event.step for event in EventAccumulator(str(path)).Reload().Scalars("val/accuracy")]
         for path in (uninterrupted, Path("runs/part"))
@@ -360,14 +364,21 @@ class Bomb:
             "--teacher float.pt",
             "--teacher float.pt: was trained with --image-size 16, the student with --image-size 20",
         ),
-        ("--resume without-best", "--resume without-best: best.pt is missing"),
+        ("--name runs\nb", r"--name runs\\nb: expected printable characters in UTF-8, without line breaks"),
+        ("--name \udcff", r"--name \\udcff: expected printable characters in UTF-8"),
+        (f"--name {'x' * 256}", "--name x+...: expected at most 255 bytes between slashes"),
+        (f"--name {'/'.join(['y' * 200] * 20)}", "--name y+...: expected a path of at most 3796 bytes"),
+        ("--name taken/b", "runs/taken/b: lies in the run .*/runs/taken;"),
+        ("--name folder", "--name folder: runs/folder exists"),
+        ("-e --resume run --pretrained best.pt", "--evaluate: --resume and --pretrained name two networks"),
+        ("-e --resume run --lr 0.5", "--lr: does nothing with --evaluate"),
+        ("-e --pretrained best.pt --profile", "--profile: does nothing with --evaluate"),
     ],
 )
 def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, capsys):
     shutil.copytree(run_4_bit, "finished")
     shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
     shutil.copy(run_4_bit / "best.pt", "best.pt")
-    shutil.copytree("run", "without-best", ignore=shutil.ignore_patterns("best.pt"))
     shutil.copy(run_float / "best.pt", "float.pt")
     data = bytearray(Path("best.pt").read_bytes())
     data[len(data) // 2] ^= 255
@@ -377,7 +388,8 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, cap
     Path("bad.yaml").write_text("rules: [}")
     Path("key.yaml").write_text("rules:\n- {bitz: 4}\n")
     Path("nothing.yaml").write_text("rules:\n- {name: 'encoder.*', bits: 4}\n- {bits: 4}\n")
-    Path("runs/taken").mkdir(parents=True)
+    shutil.copytree("run", "runs/taken")
+    shutil.copytree("run", "runs/folder/a")
     raw = Path("corrupt/MNIST/raw")
     raw.mkdir(parents=True)
     for name in (
@@ -390,7 +402,7 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, cap
     before = sorted(path for path in Path().rglob("*"))
 
     size = ["--image-size", "20"] if "teacher float" in flags else []
-    assert call(*flags.split(), *size) == 2
+    assert call(*flags.split(" "), *size) == 2
     error = capsys.readouterr().err.strip()
     assert re.match(f"train.py: error: .*{message}", error)
     assert "\n" not in error
@@ -402,7 +414,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_exits_2(run_4_bit):
     code = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); "
-        f"sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+        f"sys.path.insert(0, {str(TRAIN.parent)!r}); sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *QUICK, "--epochs", "1", "--name", "full"]
     done = subprocess.run(

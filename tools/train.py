@@ -8,6 +8,8 @@ import argparse
 import ctypes
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -146,15 +148,26 @@ from apotfx.training.build import (
     restore_network,
     with_published_policy,
 )
-from apotfx.training.checkpoint import Checkpoint, load_state, read_checkpoint
+from apotfx.training.checkpoint import BEST, LAST, Checkpoint, load_state, read_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, load_dataset
 from apotfx.training.distributed import Processes, pick_device
 from apotfx.training.loop import Interrupted, Stopwatch, Trainer, evaluate
 from apotfx.training.monitor import Monitor
 from apotfx.training.recipes import settings_of
-from apotfx.training.run import accuracies, create_run_dir, report, result_table, write_config
+from apotfx.training.run import (
+    accuracies,
+    continued_run,
+    environment,
+    new_run,
+    report,
+    require_unfinished,
+    result_table,
+    tell_differences,
+    write_config,
+)
 
+NETWORK_SETTINGS = {"arch", "bit", "scheme", "policy", "dataset", "image_size", "recipe"}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -207,13 +220,20 @@ class Job:
     resume: Checkpoint | None
     pretrained: Checkpoint | None
 
-    def create_run_dir(self, engine: Choice) -> Path:
-        """The new run's directory, the same on every process, with its `config.yaml`."""
-        name, run_dir = getattr(self.args, "name", None), None
-        if self.processes.is_main:
-            run_dir = create_run_dir(name, self.config, self.dataset.name)
-            write_config(run_dir, self.config, self.dataset.name, self.device, self.processes, engine)
-        return self.processes.broadcast(run_dir)
+    @contextmanager
+    def run_dir(self, engine: Choice) -> Iterator[Path]:
+        """The run's directory, the same on every process, for this run alone: the one to resume, or a new one."""
+        with ExitStack() as held:
+
+            def claim() -> Path:
+                if self.resume is not None and "evaluate" not in self.args:
+                    held.enter_context(continued_run(self.resume.path.parent))
+                    return self.resume.path.parent
+                path = held.enter_context(new_run(getattr(self.args, "name", None), self.config, self.dataset.name))
+                write_config(path, self.config, self.dataset.name, self.device, self.processes, engine)
+                return path
+
+            yield self.processes.on_main(claim)
 
 
 def choose_config(
@@ -224,9 +244,11 @@ def choose_config(
         evaluated = resume or pretrained
         if evaluated is None:
             raise ApotfxError("--evaluate: nothing to evaluate; pass --pretrained CKPT or --resume RUN")
+        if resume is not None and pretrained is not None:
+            raise ApotfxError("--evaluate: --resume and --pretrained name two networks; pass one of them")
+        require_of_use(args, given)
         if not evaluated.is_published:
-            network = {"arch", "bit", "scheme", "policy", "dataset", "image_size"}
-            config = require_same(evaluated, given, "--evaluate", network)
+            config = require_same(evaluated, given, "--evaluate", NETWORK_SETTINGS)
             return replace(config, engine=given.get("engine", "auto"))
         given = {"recipe": "published"} | given
     elif resume is not None:
@@ -236,15 +258,35 @@ def choose_config(
     return with_published_policy(make_config(given), pretrained)
 
 
+def require_of_use(args: argparse.Namespace, given: dict) -> None:
+    """Raises: ApotfxError: a flag for training, beside --evaluate."""
+    idle = [key for key in given if key not in NETWORK_SETTINGS | {"engine", "pretrained"}]
+    for key in (*idle, *(["profile"] if "profile" in args else [])):
+        raise ApotfxError(f"--{key.replace('_', '-')}: does nothing with --evaluate; leave one of them out")
+
+
 def require_resumable(args: argparse.Namespace, resume: Checkpoint) -> None:
     if resume.resume is None:
-        raise ApotfxError(f"--resume {args.resume}: holds weights only; pass a run's directory or its checkpoint.pt")
-    if (resume.path.parent / "result.json").exists():
-        raise ApotfxError(f"--resume {args.resume}: the run is finished; -e --resume {args.resume} evaluates it")
-    if resume.resume["best"]["epoch"] and not (resume.path.parent / "best.pt").is_file():
-        raise ApotfxError(f"--resume {args.resume}: best.pt is missing beside checkpoint.pt; put it back")
+        raise ApotfxError(f"--resume {args.resume}: holds weights only; pass a run's directory or its {LAST}")
+    require_unfinished(resume.path.parent)
     if "name" in args:
         raise ApotfxError(f"--name {args.name}: a resumed run keeps its directory; leave the flag out")
+
+
+def read_run(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that --resume names: of a run's directory the last one, and the best one to evaluate."""
+    best = Path(args.resume, BEST)
+    return read_checkpoint(best if "evaluate" in args and best.is_file() else args.resume)
+
+
+def tell_which(checkpoint: Checkpoint) -> None:
+    """Which epoch of a run is evaluated, and how to evaluate another one."""
+    which, other, name = ("the last weights", "the best epoch's", BEST)
+    if checkpoint.resume is None:
+        epoch = f", {checkpoint.best['epoch']}" if checkpoint.best else ""
+        which, other, name = (f"the weights of the best epoch{epoch}, which are exported", "the last", LAST)
+    path = checkpoint.path.with_name(name)
+    print(f"evaluating {checkpoint.path}, {which}" + (f"; {other}: -e --pretrained {path}" if path.is_file() else ""))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -262,7 +304,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if "explain" in args and "dry_run" not in args:
         raise ApotfxError("--explain: explains the plan that --dry-run prints; add --dry-run")
     given = explicit_settings(args)
-    resume = read_checkpoint(args.resume) if "resume" in args else None
+    resume = read_run(args) if "resume" in args else None
     pretrained = read_checkpoint(given["pretrained"]) if "pretrained" in given else None
     config = choose_config(args, given, resume, pretrained)
     require_known(config.arch)
@@ -282,7 +324,8 @@ def carry_out(args: argparse.Namespace) -> None:
         elif "evaluate" in args:
             evaluate_only(job)
         else:
-            train(job)
+            with processes.together():
+                train(job)
     finally:
         processes.close()
 
@@ -292,12 +335,14 @@ def evaluate_only(job: Job) -> None:
     checkpoint = job.resume or job.pretrained
     network = restore_network(config, dataset, job.device, checkpoint)
     print_engine(job, network)
+    if job.resume is not None and processes.is_main:
+        tell_which(job.resume)
     facts = {"seconds": 0.0}
     if checkpoint.is_published:
         require_published_accuracy(job, network, checkpoint)
         facts |= {"epochs": checkpoint.published["epoch"], "seed": None}
-    run_dir = job.create_run_dir(network.engine) if "name" in job.args else None
-    result = report(network, config, dataset, job.device, processes, run_dir, facts, Stopwatch())
+    with job.run_dir(network.engine) if "name" in job.args else nullcontext() as run_dir:
+        result = report(network, config, dataset, job.device, processes, run_dir, facts, Stopwatch())
     if processes.is_main:
         print(result_table(result, run_dir))
 
@@ -324,33 +369,47 @@ def train(job: Job) -> None:
         network = build_network(config, dataset, device, job.pretrained)
     print_engine(job, network)
     teachers = build_teachers(config, dataset, device, network.image_size)
-    trainer = Trainer(config, network.qmodel, dataset, network.image_size, teachers, device, processes)
-    if resume is not None:
-        trainer.load_state_dict(resume.resume)
-        run_dir = resume.path.parent
-    else:
-        run_dir = job.create_run_dir(network.engine)
-        trainer.save(run_dir)
-    try:
-        # What was logged at the step of the checkpoint stays.
-        with Monitor(run_dir, purge_step=trainer.step + 1 if resume else None, enabled=processes.is_main) as monitor:
-            if resume is None:
-                monitor.plan(network.qmodel.meta["plan"])
-                monitor.graph(network.qmodel)
-            trainer.fit(run_dir, monitor, print_freq=job.args.print_freq, profile="profile" in job.args)
-            processes.wait()
-            facts = {"seconds": round(trainer.seconds, 1), "best_epoch": trainer.best["epoch"]}
-            with trainer.clock("final evaluation"):
-                last = accuracies(trainer.evaluated, dataset, network.image_size, device, processes)
-            facts |= {f"last_{key}": value for key, value in last.items()}
-            load_state(network.qmodel, read_checkpoint(run_dir / "best.pt"))
-            result = report(network, config, dataset, device, processes, run_dir, facts, trainer.clock)
-            metrics = {key: value for key, value in result.items() if key.endswith("_acc") and value is not None}
-            monitor.hparams({key: value for key, value in asdict(config).items() if key != "policy"}, metrics)
-    except KeyboardInterrupt:
-        raise Interrupted(trainer.step, run_dir) from None
+    where = environment(device, processes, network.engine)
+    trainer = Trainer(config, network.qmodel, dataset, network.image_size, teachers, device, processes, where)
+    with job.run_dir(network.engine) as run_dir:
+        if resume is not None:
+            resume = read_checkpoint(resume.path)  # again, as another process may have worked on it until now
+            trainer.load_state_dict(resume.resume, f"checkpoint {resume.path}")
+            processes.on_main(lambda: trainer.require_best(run_dir))
+            if processes.is_main and (differences := tell_differences(resume, where)):
+                print(f"note: {differences}", file=sys.stderr)
+        else:
+            trainer.save(run_dir)
+        try:
+            result = finish(job, network, trainer, run_dir)
+        except KeyboardInterrupt:
+            raise Interrupted(trainer.step, run_dir) from None
     if processes.is_main:
         print(result_table(result, run_dir))
+
+
+def finish(job: Job, network: Network, trainer: Trainer, run_dir: Path) -> dict:
+    """Train to the end from where `trainer` is, and do whatever else the run lacks; returns its result."""
+    config, dataset, device, processes = job.config, job.dataset, job.device, job.processes
+    # What was logged at the step of the checkpoint stays.
+    purge_step = trainer.step + 1 if job.resume else None
+    with Monitor(run_dir, purge_step=purge_step, enabled=processes.is_main) as monitor:
+        if job.resume is None:
+            monitor.plan(network.qmodel.meta["plan"])
+            monitor.graph(network.qmodel)
+        trainer.fit(run_dir, monitor, print_freq=job.args.print_freq, profile="profile" in job.args)
+        processes.wait()
+        facts = {"seconds": round(trainer.seconds, 1), "best_epoch": trainer.best["epoch"]}
+        with trainer.clock("final evaluation"):
+            last = accuracies(trainer.evaluated, dataset, network.image_size, device, processes)
+        facts |= {f"last_{key}": value for key, value in last.items()}
+        load_state(network.qmodel, read_checkpoint(run_dir / BEST))
+
+        def log(result: dict) -> None:
+            metrics = {key: value for key, value in result.items() if key.endswith("_acc") and value is not None}
+            monitor.hparams({key: value for key, value in asdict(config).items() if key != "policy"}, metrics)
+
+        return report(network, config, dataset, device, processes, run_dir, facts, trainer.clock, log)
 
 
 def print_engine(job: Job, network: Network) -> None:

@@ -11,11 +11,11 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.format import MANIFEST, read_manifest
 from apotfx.models import build_model
 from apotfx.graph.passes import quantize
-from apotfx.training.checkpoint import load_state, read_checkpoint
+from apotfx.training.checkpoint import BEST, load_state, read_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset
 
-EXPORT, BEST = "integer", "best.pt"
+EXPORT = "integer"
 _METADATA = {"arch", "dataset", "in_channels", "num_classes", "dataset_image_size", "image_size", "mean", "std"}
 
 
