@@ -1,6 +1,7 @@
 """Checkpoints: written so that a crash never costs the last one, read as if a stranger had written them."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +80,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ApotfxError: missing, altered, truncated, holding pickled code, or not a checkpoint; names the file.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / LAST
-    try:
-        if not path.exists():
-            raise ApotfxError(f"checkpoint {path}: no such file; check the path")
-    except (OSError, ValueError) as error:
-        raise ApotfxError(f"checkpoint {path}: {error}") from None
+    if not os.path.exists(path):
+        raise ApotfxError(f"checkpoint {printable(path, 1000)}: no such file; check the path")
     try:
         data = read_file(path, max_bytes=MAX_BYTES)
     except ApotfxError as error:

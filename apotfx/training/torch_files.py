@@ -56,15 +56,29 @@ def read_torch_file(data: bytes) -> object:
 
 
 def _require_tree(content: object) -> None:
-    """Raises: Damaged: containers that hold themselves, or each other so often that nobody could print them."""
+    """Raises: Damaged: containers that hold themselves, or each other so often that nobody could print them; code."""
     waiting, items = [(content, 0)], 0
     while waiting:
         value, depth = waiting.pop()
+        if isinstance(value, (_Named, _Storage)):
+            raise PickledCode(f"a {type(value).__name__.strip('_')} by itself")
         children = list(value.values()) if type(value) is dict else value if type(value) in (list, tuple) else ()
         items += len(children)
         if items > MAX_ITEMS or depth > MAX_DEPTH:
             raise Damaged("nested too deeply")
         waiting += ((child, depth + 1) for child in children)
+
+
+class _Named(NamedTuple):
+    """Something that the pickle names."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
+    """A storage as all of its tensors share it, [size]."""
+
+    values: Tensor
 
 
 class _Archive:
@@ -100,16 +114,6 @@ class _Archive:
         if dtype == torch.bool and max(content, default=0) > 1:
             raise Damaged(f"storage {printable(key)} has values that are neither true nor false")
         return torch.frombuffer(content, dtype=dtype) if content else empty((0,), dtype)
-
-
-class _Named(NamedTuple):
-    """Something that the pickle names."""
-
-    name: str
-
-
-class _Storage(NamedTuple):
-    values: Tensor
 
 
 class _Interpreter:
