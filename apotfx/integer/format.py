@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from apotfx.graph.facts import batch_norm_after
 from apotfx.errors import ApotfxError
@@ -41,7 +42,7 @@ from apotfx.quantizers import Quantizer
 from apotfx.reproducible import folded_batch_norm
 from apotfx.graph.tracing import graph_of
 
-MAX_HEADER_BYTES = 10**8  # of safetensors
+MAX_HEADER_BYTES = 2**24  # of safetensors
 
 
 def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -222,8 +223,11 @@ def _describe_tensor(tensor: Tensor) -> dict:
     }
 
 
-def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+def read_integer(path: str | os.PathLike, float_model: nn.Module | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The manifest and the tensors of an export, both checked; codes are unpacked to integer levels.
+
+    Args:
+        float_model: what the export belongs to, if that is known: files far larger than its state are not read.
 
     Returns:
         (manifest, tensors): tensors has `<layer>.weight` as integer levels for every quantized weight, and every float
@@ -233,13 +237,15 @@ def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         ApotfxError: not an export, another format version, or altered, truncated, mixed, missing or additional files;
             names what.
     """
-    manifest, tensors, problems = inspect_integer(path)
+    manifest, tensors, problems = inspect_integer(path, float_model)
     if problems:
         raise ApotfxError(problems[0])
     return manifest, tensors
 
 
-def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], list[str]]:
+def inspect_integer(
+    path: str | os.PathLike, float_model: nn.Module | None = None
+) -> tuple[dict, dict[str, Tensor], list[str]]:
     """As `read_integer`, but a weights file with other contents than the manifest states is read too.
 
     Returns:
@@ -250,8 +256,8 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
     """
     path = Path(path)
     manifest = read_manifest(path / MANIFEST)
-    weights = read_file(path / WEIGHTS, max_bytes=_data_bytes(manifest) + MAX_HEADER_BYTES)
     _require_nothing_else(path)
+    weights = read_file(path / WEIGHTS, max_bytes=_max_bytes(manifest, path, float_model))
     problems = []
     if hashlib.sha256(weights).hexdigest() != manifest["weights_sha256"]:
         problems.append(
@@ -281,19 +287,30 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
     return manifest, tensors, problems
 
 
-def _data_bytes(manifest: dict) -> int:
-    return sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in manifest["tensors"].values())
+def _max_bytes(manifest: dict, path: Path, float_model: nn.Module | None) -> int:
+    """Of the file of the weights, before anything is read or made of the sizes that the manifest states."""
+    stated = sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in manifest["tensors"].values())
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    of = "half of the memory"
+    if isinstance(float_model, nn.Module):
+        # A weight that is used several times is exported as often, in a byte or less for each of its floats.
+        tensors = (x for x in float_model.state_dict().values() if isinstance(x, Tensor) and not is_lazy(x))
+        state = sum(4 * tensor.numel() for tensor in tensors)
+        most, of = min((most, of), (4 * state + MAX_HEADER_BYTES, "what the model can have"))
+    if stated > most:
+        raise ApotfxError(f"{path / MANIFEST}: states {stated} bytes of weights, expected at most {most}, {of}")
+    return stated + MAX_HEADER_BYTES
 
 
 def _require_nothing_else(path: Path) -> None:
     try:
-        surplus = sorted({file.name for file in path.iterdir()} - {MANIFEST, WEIGHTS})
+        with os.scandir(path) as files:
+            surplus = next((file.name for file in files if file.name not in (MANIFEST, WEIGHTS)), None)
     except OSError as error:
         raise ApotfxError(f"{path}: cannot be listed ({error.strerror}); allow it to be read") from error
-    if surplus:
-        raise ApotfxError(
-            f"{path / surplus[0]}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it"
-        )
+    if surplus is not None:
+        name = surplus if surplus.isprintable() else ascii(surplus)
+        raise ApotfxError(f"{path}/{name}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it")
 
 
 def _unpack_layer(layer: dict, tensors: dict[str, Tensor]) -> list[str]:
