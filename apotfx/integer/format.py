@@ -32,6 +32,7 @@ from apotfx.integer.manifest import (
     describe_levels,
     find_problem,
     level_set_of,
+    parse_json,
     read_file,
     read_manifest,
 )
@@ -43,6 +44,9 @@ from apotfx.reproducible import folded_batch_norm
 from apotfx.graph.tracing import graph_of
 
 MAX_HEADER_BYTES = 2**24  # of safetensors
+DTYPES = {
+    "F32": "float32", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -264,27 +268,37 @@ def inspect_integer(
             f"{path / WEIGHTS}: does not fit {MANIFEST} (checksum); it was altered, truncated or is another export's"
         )
     try:
+        _require_described(weights, manifest)
         tensors = safetensors.torch.load(weights)
     except Exception as error:  # besides its own, a KeyError for a type that torch lacks, and others
         reason = " ".join(str(error).split())
-        raise ApotfxError(
-            problems[0] if problems else f"{path / WEIGHTS}: not a safetensors file ({reason}); export the model again"
-        ) from error
-    found = {name: _describe_tensor(tensor) for name, tensor in tensors.items()}
-    for name in sorted(found.keys() | manifest["tensors"].keys()):
-        got, expected = (dict(described.get(name) or {}) for described in (found, manifest["tensors"]))
-        altered = got.pop("sha256", None) != expected.pop("sha256", None)
-        if got != expected:
-            raise ApotfxError(
-                problems[0] if problems else
-                f"{path / WEIGHTS}: {name if name.isprintable() else ascii(name)} is {got or 'absent'}, {MANIFEST} says "
-                f"{expected or 'absent'}; export the model again"
-            )  # fmt: skip
-        if altered:
+        if not isinstance(error, ApotfxError):
+            reason = f"not a safetensors file ({reason})"
+        raise ApotfxError(problems[0] if problems else f"{path / WEIGHTS}: {reason}; export the model again") from error
+    for name in sorted(tensors):
+        if _describe_tensor(tensors[name]) != manifest["tensors"][name]:
             problems.append(f"{path / WEIGHTS}: {name} was altered (checksum); export the model again")
     for layer in manifest["layers"]:
         problems += [f"{path / WEIGHTS}: {problem}" for problem in _unpack_layer(layer, tensors)]
     return manifest, tensors, problems
+
+
+def _require_described(weights: bytes, manifest: dict) -> None:
+    """Raises: ValueError: the header of the weights is none, or does not say what the manifest says of the tensors."""
+    size = int.from_bytes(weights[:8], "little")
+    header = parse_json(weights[8 : 8 + size])
+    if not isinstance(header, dict) or size > MAX_HEADER_BYTES:
+        raise ValueError("its header is no object")
+    stated = manifest["tensors"]
+    for name in sorted((header.keys() - {"__metadata__"}) | stated.keys()):
+        got, expected = (
+            None if name not in d else {k: d[name][k] for k in ("shape", "dtype")} for d in (header, stated)
+        )
+        if got is not None:
+            got["dtype"] = DTYPES.get(got["dtype"], got["dtype"])
+        if got != expected:
+            name, got = (text if text.isprintable() else ascii(text) for text in (name, str(got or "absent")))
+            raise ApotfxError(f"{name[:100]} is {got[:200]}, {MANIFEST} says {expected or 'absent'}")
 
 
 def _max_bytes(manifest: dict, path: Path, float_model: nn.Module | None) -> int:

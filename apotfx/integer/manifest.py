@@ -24,7 +24,7 @@ CODES = "weight_codes"
 SCHEMA = json.loads(Path(__file__).with_name("manifest.schema.json").read_text())
 FORMAT, VERSION = (SCHEMA["properties"][key]["const"] for key in ("format", "version"))
 MAX_BYTES = 2**26
-MAX_CONTAINERS = 2**21  # lists and objects, each of which takes many times the memory of its text
+MAX_VALUES = 2**22  # which take many times the memory of their text
 MAX_DEPTH = 32
 
 Place = tuple[str | int, ...]  # keys and indices, from the outermost on
@@ -78,9 +78,9 @@ def read_manifest(path: Path) -> dict:
 
 def parse_json(content: bytes) -> object:
     """Raises: ValueError: not JSON, a key twice, or larger or deeper than a manifest may be."""
-    containers = content.count(b"[") + content.count(b"{")
-    if containers > MAX_CONTAINERS:
-        raise ValueError(f"{containers} lists and objects, expected at most {MAX_CONTAINERS}")
+    values = sum(map(content.count, (b"[", b"{", b",")))
+    if values > MAX_VALUES:
+        raise ValueError(f"{values} values, expected at most {MAX_VALUES}")
     try:
         value = json.loads(content, object_pairs_hook=_unique_keys)
     except RecursionError:
