@@ -146,7 +146,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(tmp_path):
     for images, labels in islice(stopped.batches.epoch(0), 3):
         stopped._train_step(images, labels)
     state = stopped.state_dict()
-    state["random"] = {"torch": state["random"]["torch"], "cuda": [], "python": state["random"]["python"].tolist()}
+    state["random"] = {"torch": state["random"]["torch"], "cuda": [], "python": [1, 2, 3]}
     state["optimizer"] = stopped.optimizer.state_dict()
     del state["momentum"]
     old = {"format": "apotfx-checkpoint", "version": 1, "config": asdict(CONFIG), **state}
@@ -187,7 +187,7 @@ def test_best_weights_that_are_lost_are_told(tmp_path):
     for what in ("is of epoch 1", "is missing"):
         with pytest.raises(ApotfxError, match=f"best.pt: {what}, checkpoint.pt beside it says epoch 2; put it back"):
             t.require_best(tmp_path)
-        (tmp_path / "best.pt").unlink()
+        (tmp_path / "best.pt").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

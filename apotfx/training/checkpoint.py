@@ -22,7 +22,6 @@ SECTIONS = ("model", "ema", "momentum", "random")  # of tensors, by name
 RUNNING = ("loss", "correct", "images")
 MAX_BYTES = 2**34
 MAX_STEPS = 2**53
-PYTHON_WORDS = 625  # of the state of Python's generator: 624 words, and a position among them
 CALIBRATED = "_quantizer.calibrated"  # a flag in the state of earlier versions' networks
 
 
@@ -139,17 +138,11 @@ def _from_version_1(content: dict) -> dict:
         if (buffer := _dict(state, "optimizer").get("momentum_buffer")) is not None
     }
     generators = _dict(content.get("random"), "random")
-    state = {"torch": generators.get("torch"), "python": _as_words(generators.get("python"))}
+    state = {"torch": generators.get("torch")}
     if cuda := generators.get("cuda"):
         state["cuda"] = cuda[0] if isinstance(cuda, list) else cuda
     content = {key: value for key, value in content.items() if key != "optimizer"}
     return content | {"momentum": momentum, "random": state}
-
-
-def _as_words(values: object) -> Tensor:
-    if isinstance(values, list) and all(type(value) is int for value in values):
-        return torch.tensor(values, dtype=torch.int64)
-    raise Damaged("random/python is no list of numbers")
 
 
 def _interpret(path: Path, content: dict) -> Checkpoint:
@@ -224,26 +217,19 @@ def _check_best(best: object, config: TrainConfig) -> dict | None:
 
 def _check_random(state: dict) -> dict[str, Tensor]:
     for name, tensor in state.items():
-        dtype, most = (torch.int64, PYTHON_WORDS) if name == "python" else (torch.uint8, 2**20)
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1 or len(tensor) > most:
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise Damaged(f"random/{printable(name)} is not the state of a generator")
-    for name, is_state in (("torch", _is_torch_state), ("python", _is_python_state)):
-        if name not in state or not is_state(state[name]):
-            raise Damaged(f"random/{name} is not the state of a generator")
+    if not _is_state(state.get("torch")):
+        raise Damaged("random/torch is not the state of a generator")
     return state
 
 
-def _is_torch_state(state: Tensor) -> bool:
+def _is_state(state: Tensor | None) -> bool:
     try:
-        torch.Generator().set_state(state.clone())
-    except RuntimeError:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
         return False
     return True
-
-
-def _is_python_state(words: Tensor) -> bool:
-    *values, position = words.tolist()
-    return len(words) == PYTHON_WORDS and 0 <= position < PYTHON_WORDS and all(0 <= value < 2**32 for value in values)
 
 
 def _number(value: object, what: str, kind: type, least: float, most: float) -> int | float:

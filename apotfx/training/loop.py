@@ -1,7 +1,6 @@
 """The training loop: epochs over batches, validation, checkpoints, and a clean stop."""
 
 import functools
-import random
 import signal
 import sys
 import time
@@ -394,7 +393,7 @@ class Trainer:
             "clock": self.clock.seconds,
             "best": self.best,
             "running": dict(zip(RUNNING, self.running.tolist(), strict=True)),
-            "random": {"torch": torch.get_rng_state(), "python": torch.tensor(random.getstate()[1])},
+            "random": {"torch": torch.get_rng_state()},
         }
         if self.device.type == "cuda":
             state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -444,8 +443,6 @@ class Trainer:
 
     def _load_generators(self, states: dict[str, Tensor], source: str) -> None:
         torch.set_rng_state(states["torch"])
-        *words, position = states["python"].tolist()
-        random.setstate((3, (*words, position), None))
         if self.device.type == "cuda" and "cuda" in states:
             try:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
