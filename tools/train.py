@@ -311,23 +311,35 @@ def carry_out(args: argparse.Namespace) -> None:
     device = pick_device(getattr(args, "device", None), getattr(args, "gpu", None))
     processes = Processes(device.type)
     try:
-        with processes.main_first():  # so that a download happens once
-            data = getattr(args, "data", None)
-            dataset = load_dataset(config.dataset, data, image_size=config.image_size, workers=args.workers)
-            dataset = dataset.with_train_images(config.train_images)
-        config = replace(config, dataset=dataset.name)
-        job = Job(args, config, dataset, device, processes, resume, pretrained)
-        if "dry_run" in args:
-            if processes.is_main:
-                planned = plan(build_float(config, dataset)[0], config.bit_policy())
-                print(planned.explain() if "explain" in args else planned)
-        elif "evaluate" in args:
-            evaluate_only(job)
-        else:
-            with processes.together():
-                train(job)
+        with processes.together():
+            work(args, config, device, processes, resume, pretrained)
     finally:
         processes.close()
+
+
+def work(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    resume: Checkpoint | None,
+    pretrained: Checkpoint | None,
+) -> None:
+    """Load the data, and train, evaluate or plan."""
+    with processes.main_first():  # so that a download happens once
+        data = getattr(args, "data", None)
+        dataset = load_dataset(config.dataset, data, image_size=config.image_size, workers=args.workers)
+        dataset = dataset.with_train_images(config.train_images)
+    config = replace(config, dataset=dataset.name)
+    job = Job(args, config, dataset, device, processes, resume, pretrained)
+    if "dry_run" in args:
+        if processes.is_main:
+            planned = plan(build_float(config, dataset)[0], config.bit_policy())
+            print(planned.explain() if "explain" in args else planned)
+    elif "evaluate" in args:
+        evaluate_only(job)
+    else:
+        train(job)
 
 
 def evaluate_only(job: Job) -> None:
