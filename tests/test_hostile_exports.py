@@ -206,6 +206,15 @@ VALUES = {
     ("weights_sha256",): ["", "0" * 64, 1, "é" * 64],
     ("version",): [3, 4.0, True, 10**400, "4" * 10**6],
 }  # fmt: skip
+OF_THE_NETWORK = {  # which tools build from the metadata
+    "arch": ["vit", "torchvision/vit_h_14", "torchvision/regnet_y_128gf", "resnet152", "__import__('os')", "../mlp", "a" * 1000],
+    "in_channels": [65536, 65537, 2**63, 0, -1], "num_classes": [65536, 10**400, None],
+    "dataset_image_size": [65536, 1.5, "8"], "image_size": [65536, 0], "mean": [[], [1e308], [0.5] * 10**5],
+    "std": [[0.0], [5e-324], [None]], "dataset": ["../../etc", "\x00", 7],
+}  # fmt: skip
+for key, values in OF_THE_NETWORK.items():
+    for number, value in enumerate(values):
+        case(f"metadata {key} {number}", set_value, ("metadata", key), value)
 for place, values in VALUES.items():
     for number, value in enumerate(values):
         case(f"{'.'.join(map(str, place))} {number}", set_value, place, value)
@@ -295,6 +304,7 @@ case("a tebibyte that the manifest states", consistent_and_huge)
 
 
 # The test.
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):

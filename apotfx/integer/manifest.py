@@ -126,8 +126,12 @@ def find_problem(manifest: dict) -> str | None:
 # By the schema.
 
 
+def _is_integer(_, x: object) -> bool:
+    return type(x) is int and abs(x) < 2**63
+
+
 def _is_number(_, x: object) -> bool:
-    return type(x) is int and abs(x) < 2**63 or type(x) is float and math.isfinite(x)
+    return _is_integer(_, x) or type(x) is float and math.isfinite(x)
 
 
 def _items(validator, items: dict, instance: object, schema: dict) -> Iterator[ValidationError]:
@@ -147,7 +151,7 @@ _VALIDATOR = validators.extend(
     Draft202012Validator,
     validators={"items": _items},
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many({
-        "integer": lambda _, x: type(x) is int,
+        "integer": _is_integer,
         "number": _is_number,
         "string": lambda _, x: isinstance(x, str) and x.isprintable(),
     }),
