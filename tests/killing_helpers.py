@@ -2,9 +2,9 @@
 
     python killing_helpers.py
 
-reads a JSON object from each line of its input: "directory" to run in, "flags" of tools/train.py, and "point", the number
-of the call that writes something before which the process kills itself, or "seconds" after which it is killed. It
-answers with the exit code, and how many such calls there were; what was printed is in the file "log" there.
+reads a JSON object from each line of its input: "directory" to run in, "flags" of tools/train.py, and "point", the
+number of the call that writes something before which the process kills itself, or "seconds" after which it is killed.
+It answers with the exit code, and how many such calls there were; what was printed is in the file "log" there.
 """
 
 import json
@@ -26,9 +26,9 @@ class Server:
     def __init__(self, process: subprocess.Popen):
         self.process = process
 
-    def train(self, directory: Path, *flags: object, point: int | None = None, seconds: float | None = None) -> tuple[int, int]:
+    def train(self, directory: Path, *flags, point: int | None = None, seconds: float | None = None) -> tuple[int, int]:
         """(exit code, calls that write) of a training, which is over."""
-        order = {"directory": str(directory), "flags": [str(flag) for flag in flags], "point": point, "seconds": seconds}
+        order = {"directory": str(directory), "flags": list(map(str, flags)), "point": point, "seconds": seconds}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return tuple(json.loads(self.process.stdout.readline()))

@@ -58,10 +58,10 @@ def free_port():
 @contextmanager
 def started(*command, processes=2, cwd=None):
     """torchrun, whose output can be read; it and its workers are gone after the block."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [str(part) for part in (*launcher, *command)],
+        [str(part) for part in (*launcher, "--master-port", free_port(), *command)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=env, start_new_session=True,
     ) as process:  # fmt: skip
         try:
@@ -108,7 +108,7 @@ def test_training_on_two_processes_equals_training_on_one(tmp_path):
         )
 
 
-TRAINING = ["--arch", "mlp", "--dataset", "digits", "--bit", 4, "--epochs", 8, "--batch-size", 200, "--train-images", 600]
+TRAINING = "--arch mlp --dataset digits --bit 4 --epochs 8 --batch-size 200 --train-images 600".split()
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.nightly)])

@@ -64,8 +64,16 @@ def test_any_other_name_gives_a_directory(name):
 
 
 @pytest.mark.parametrize(
-    "names", [[], ["config.yaml"], ["config.yaml", LOCK], ["notes.txt", LOCK], ["config.yaml", LOCK, "integer/manifest.json"]]
-)  # fmt: skip
+    "names",
+    [
+        [],
+        ["config.yaml"],
+        ["config.yaml", LOCK],
+        ["notes.txt", LOCK],
+        ["config.yaml", LOCK, "integer/manifest.json"],
+    ],
+    ids=" ".join,
+)
 def test_a_directory_without_a_checkpoint_does_not_block_its_name(names):
     make(Path("runs/a"), *names, ".checkpoint.pt.01234567.apotfx-tmp")
     with new_run("a", CONFIG, "digits") as path:
@@ -76,11 +84,16 @@ def test_a_directory_without_a_checkpoint_does_not_block_its_name(names):
 @pytest.mark.parametrize(
     "names",
     [
-        ["checkpoint.pt", LOCK], ["best.pt"], ["result.json"], ["config.yaml", "result.json", LOCK], ["integer/manifest.json"],
-        ["b/config.yaml"], ["b/c/config.yaml"],
+        ["checkpoint.pt", LOCK],
+        ["best.pt"],
+        ["result.json"],
+        ["config.yaml", "result.json", LOCK],
+        ["integer/manifest.json"],
+        ["b/config.yaml"],
+        ["b/c/config.yaml"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_directory_with_something_to_lose_keeps_its_name(names):
     for name in names:
         make(Path("runs/a") / Path(name).parent, Path(name).name)
@@ -135,7 +148,8 @@ def test_names_are_made_up_past_those_that_are_taken():
 )
 def test_no_run_lies_in_another_run_or_export(around, names, what, tmp_path):
     make(Path(around), *names)
-    with pytest.raises(ApotfxError, match=re.escape(f"runs/a/b: lies in the {what} {(tmp_path / around).resolve()};")):
+    message = f"runs/a/b: lies in the {what} {(tmp_path / around).resolve()};"
+    with pytest.raises(ApotfxError, match=re.escape(message)):
         claim("a/b")
     assert not Path("runs/a/b").exists()
     make(Path("runs/c"), "config.yaml", "manifest.json")  # neither

@@ -414,7 +414,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_exits_2(run_4_bit):
     code = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); "
-        f"sys.path.insert(0, {str(TRAIN.parent)!r}); sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+        f"sys.path.insert(0, {str(TRAIN.parent)!r}); sys.argv = ['train.py', *sys.argv[1:]]; "
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *QUICK, "--epochs", "1", "--name", "full"]
     done = subprocess.run(
