@@ -159,6 +159,44 @@ def test_a_run_stopped_before_its_result_still_gets_it(run_4_bit):
     assert results[0] | times == results[1] | times
 
 
+def test_a_resumed_run_says_what_it_cannot_keep(run_4_bit, capsys):
+    shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train.main(["--resume", "run"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    consequence = "an uninterrupted run may end with other bits, though not another quality"
+    note = f"note: goes on with threads {threads + 1} (before: {threads})"
+    assert re.search(rf"^{re.escape(note)}.*; {consequence}$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_evaluating_a_run_takes_the_weights_that_it_exports():
+    # As above, the second epoch is worse than the first.
+    assert call("--bit", 4, "--epochs", 2, "--name", "r", "--lr", 2, "--ema", 0, "--schedule", "constant") == 0
+    result = json.loads(Path("runs/r/result.json").read_text())
+    for name, resume, prefix in (("best", "runs/r", ""), ("last", "runs/r/checkpoint.pt", "last_")):
+        assert train.main(["-e", "--resume", resume, "--name", name]) == 0
+        again = json.loads(Path(f"runs/{name}/result.json").read_text())
+        assert again["test_acc"] == result[f"{prefix}test_acc"]
+    exports = [Path(f"runs/{name}/integer/weights.safetensors").read_bytes() for name in ("r", "best", "last")]
+    assert exports[0] == exports[1] and (exports[0] == exports[2]) == (result["best_epoch"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "evaluated", "other"),
+    [
+        ("", "best.pt, the weights of the best epoch, [12], which are exported; the last", "checkpoint.pt"),
+        ("checkpoint.pt", "checkpoint.pt, the last weights; the best epoch's", "best.pt"),
+    ],
+)
+def test_which_weights_of_a_run_are_evaluated_is_told(path, evaluated, other, run_4_bit, capsys):
+    assert train.main(["-e", "--resume", str(run_4_bit / path)]) == 0
+    line = f"^evaluating {run_4_bit}/{evaluated}: -e --pretrained {run_4_bit}/{other}$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_policy_of_its_own_is_named_as_such(capsys):
     Path("policy.yaml").write_text("rules:\n- {bits: 8, scheme: uniform}\n")
     assert call("--policy", "policy.yaml", "--bit", 2, "--epochs", 1, "--momentum", 0) == 0

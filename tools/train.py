@@ -163,6 +163,7 @@ from apotfx.training.run import (
     report,
     require_unfinished,
     result_table,
+    run_path,
     tell_differences,
     write_config,
 )
@@ -303,6 +304,8 @@ def run(args: argparse.Namespace) -> None:
 def carry_out(args: argparse.Namespace) -> None:
     if "explain" in args and "dry_run" not in args:
         raise ApotfxError("--explain: explains the plan that --dry-run prints; add --dry-run")
+    if "name" in args:
+        run_path(args.name)
     given = explicit_settings(args)
     resume = read_run(args) if "resume" in args else None
     pretrained = read_checkpoint(given["pretrained"]) if "pretrained" in given else None
