@@ -13,6 +13,7 @@ from torch import nn
 
 import apotfx
 from apotfx.errors import ApotfxError
+from apotfx.tensors import Damaged
 from apotfx.training.checkpoint import load_state, read_checkpoint, save_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.published import convert_published
@@ -231,6 +232,10 @@ def test_published_names_become_ours():
     assert converted["layer1.0.conv1.weight_quantizer.clip"] == 0.25  # only its magnitude counts
     assert converted["conv1.weight_quantizer.clip"] == 2.0
     assert converted["fc.bias"] is state["module.fc.bias"]
+    for name in ("module.fc.weight", "module.layer1.0.conv1.act_alpha"):
+        for value in (torch.empty(0), torch.tensor([1])):
+            with pytest.raises(Damaged, match=f"{name.removeprefix('module.')} holds no numbers|{name} holds no numbers"):
+                convert_published(state | {name: value})
 
 
 def test_a_weight_of_another_type_is_refused(tmp_path):

@@ -139,8 +139,8 @@ def _from_version_1(content: dict) -> dict:
     }
     generators = _dict(content.get("random"), "random")
     state = {"torch": generators.get("torch")}
-    if cuda := generators.get("cuda"):
-        state["cuda"] = cuda[0] if isinstance(cuda, list) else cuda
+    if isinstance(cuda := generators.get("cuda"), list) and cuda:
+        state["cuda"] = cuda[0]
     content = {key: value for key, value in content.items() if key != "optimizer"}
     return content | {"momentum": momentum, "random": state}
 
@@ -166,20 +166,22 @@ def _interpret(path: Path, content: dict) -> Checkpoint:
 
 def _interpret_ours(path: Path, content: dict) -> Checkpoint:
     config = TrainConfig.from_dict(_dict(content["config"], "config"), f"checkpoint {path}")
-    state = content.get("ema") or content.get("model")
     for section in ("model", "ema"):
         if section == "model" or section in content:
             _check_weights(path, _dict(content.get(section), section))
-    best = _check_best(content.get("best") or {}, config)
+    state = content.get("ema", content["model"])
+    best = _check_best(content.get("best", {}), config)
     made_with = _dict(content.get("made_with", {}), "made_with")
     if not all(isinstance(v, str) and k.isprintable() and v.isprintable() for k, v in made_with.items()):
         raise Damaged("made_with is not made of texts")
-    resume = _check_training(path, content, config) if "step" in content else None
+    resume = _check_training(path, content, config, best) if "step" in content else None
     return Checkpoint(path, state, config, best, made_with, resume)
 
 
-def _check_training(path: Path, content: dict, config: TrainConfig) -> dict:
+def _check_training(path: Path, content: dict, config: TrainConfig, best: dict | None) -> dict:
     """What `Trainer.load_state_dict` takes, of which every part is there and of its type and range."""
+    if best is None:
+        raise Damaged("best is absent")
     if bool(config.ema) != ("ema" in content):
         raise Damaged(f"ema is {'there' if 'ema' in content else 'absent'}, with --ema {config.ema}")
     momentum = _dict(content.get("momentum", {}), "momentum")
@@ -196,14 +198,10 @@ def _check_training(path: Path, content: dict, config: TrainConfig) -> dict:
         "step": _number(content.get("step"), "step", int, 0, MAX_STEPS),
         "seconds": _number(content.get("seconds"), "seconds", float, 0, math.inf),
         "clock": {part: _number(seconds, "clock", float, 0, math.inf) for part, seconds in clock.items()},
-        "best": _check_best(content.get("best"), config) or _absent("best"),
+        "best": best,
         "running": {name: _number(running.get(name), f"running/{name}", float, 0, math.inf) for name in RUNNING},
         "random": _check_random(_dict(content.get("random"), "random")),
     }
-
-
-def _absent(what: str):
-    raise Damaged(f"{what} is absent")
 
 
 def _check_best(best: object, config: TrainConfig) -> dict | None:
