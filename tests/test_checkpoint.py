@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         ({"config": {"bit": 9}}, "--bit 9: expected 2 to 8"),
         ({"config": {"policy": {"rules": [{"bitz": 4}]}}}, "rule 1: unknown key 'bitz'"),
         ({"model": {}}, "model is a NoneType"),
-        ({"version": 3}, "format version 3, expected 2"),
+        ({"version": 3}, "version is 3, expected a whole number from 2 to 2"),
         ({"made_with": {"torch": "2\n"}}, "made_with is not made of texts"),
         ({"ema": None}, "ema is absent, with --ema 0.998"),
         ({"step": -1}, "step is -1, expected a whole number"),

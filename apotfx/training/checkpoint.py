@@ -104,8 +104,7 @@ def _read(data: bytes) -> dict:
     """The content of a file of any sort, as `save_checkpoint` takes it or as the published script saved it."""
     if is_packed(data):
         tensors, document = unpack(data, FORMAT)
-        if document.get("version") != VERSION:
-            raise Damaged(f"format version {printable(document.get('version'))}, expected {VERSION}")
+        _number(document.get("version"), "version", int, VERSION, VERSION)
         content = {key: value for key, value in document.items() if key not in SECTIONS}
         for name, tensor in tensors.items():
             section, _, name = name.partition("/")
@@ -125,8 +124,7 @@ def _read(data: bytes) -> dict:
 
 def _from_version_1(content: dict) -> dict:
     """The content of a file that an earlier version saved with `torch.save`."""
-    if content.get("version") != 1:
-        raise Damaged(f"format version {printable(content.get('version'))}, expected 1")
+    _number(content.get("version"), "version", int, 1, 1)
     content = {key: value for key, value in content.items() if value is not None}
     if "optimizer" not in content:
         return content | {"best": {key: content[key] for key in ("val_acc", "epoch") if key in content}}
@@ -185,7 +183,7 @@ def _check_training(path: Path, content: dict, config: TrainConfig, best: dict |
     if bool(config.ema) != ("ema" in content):
         raise Damaged(f"ema is {'there' if 'ema' in content else 'absent'}, with --ema {config.ema}")
     momentum = _dict(content.get("momentum", {}), "momentum")
-    _check_weights(path, momentum)
+    _check_weights(path, momentum, str | int)
     running = _dict(content.get("running"), "running")
     clock = _dict(content.get("clock", {}), "clock")
     if not all(isinstance(part, str) and part.isprintable() for part in clock):
@@ -233,7 +231,8 @@ def _is_state(state: Tensor | None) -> bool:
 def _number(value: object, what: str, kind: type, least: float, most: float) -> int | float:
     fits = type(value) is int or kind is float and type(value) is float and math.isfinite(value)
     if not fits or not least <= value <= most:
-        raise Damaged(f"{what} is {printable(value)}, expected {'a whole number' if kind is int else 'a number'}")
+        expected = "a whole number" if kind is int else "a number"
+        raise Damaged(f"{what} is {printable(value)}, expected {expected} from {least:g} to {most:g}")
     return kind(value)
 
 
@@ -243,7 +242,9 @@ def _dict(value: object, what: str) -> dict:
     return value
 
 
-def _check_weights(path: Path, state: dict) -> None:
+def _check_weights(path: Path, state: dict, names: type = str) -> None:
+    if not all(isinstance(name, names) for name in state):
+        raise Damaged("its weights have no names")
     if not all(isinstance(tensor, Tensor) and tensor.dtype in DTYPES.values() for tensor in state.values()):
         raise Damaged("its weights are not all tensors")
     for name, tensor in state.items():
