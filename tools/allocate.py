@@ -54,10 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("-b", "--batch-size", type=arg.positive, default=32, help="(default %(default)s)")
     p.add_argument("--seed", type=arg.seed, default=0, help="of the images (default %(default)s)")
     p.add_argument(
-        "--output", type=arg.path, required=True, metavar="FILE", help="the policy, for tools/train.py --policy"
+        "--output", type=arg.output, required=True, metavar="FILE", help="the policy, for tools/train.py --policy"
     )
     p.add_argument("--plot", type=arg.path, metavar="FILE", help=f"the trade-off; {', '.join(PLOT_FORMATS)}")
-    p.add_argument("--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
+    p.add_argument("--data", type=arg.output, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
     p.add_argument("--device", type=arg.name, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     return p
 

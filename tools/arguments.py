@@ -71,6 +71,14 @@ def path(text: str) -> Path:
     return Path(name(text))
 
 
+def output(text: str) -> Path:
+    """The name of a file to write. What is no file, such as /dev/null, would be replaced by one."""
+    found = path(text)
+    if os.path.lexists(found) and not found.is_file():
+        raise _refuse(text, "the name of a file, or a new one")
+    return found
+
+
 def one_of(known: Sequence) -> Callable[[str], object]:
     """An element of `known`, as its text."""
 

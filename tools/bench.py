@@ -60,7 +60,7 @@ def add_train(commands) -> None:
     add("--growth", action="store_true",
         help="measure how time and memory of stack grow with batch, width, depth and bits, in float and with the "
              "fastest engine")
-    add("--json", metavar="FILE", type=arg.path, help="write every figure there")
+    add("--json", metavar="FILE", type=arg.output, help="write every figure there")
     # fmt: on
     commands.add_parser("fresh").add_argument("job")  # which train starts
 
@@ -86,7 +86,7 @@ def add_inference(commands) -> None:
         help=f"of PyTorch and onnxruntime (default {','.join(map(str, threads))})")
     add("--rounds", metavar="N", type=arg.positive, default=15, help="samples of each variant (default 15)")
     add("--warmup", metavar="N", type=arg.positive, default=3, help="inferences before them (default 3)")
-    add("--json", metavar="FILE", type=arg.path, help="write every figure there")
+    add("--json", metavar="FILE", type=arg.output, help="write every figure there")
     # fmt: on
 
 
@@ -103,7 +103,7 @@ def add_quantize(commands) -> None:
         help=f"one of {', '.join(arg.SCHEMES)} (default apot)")
     add("--threads", metavar="N", type=arg.positive, default=1, help="(default 1)")
     add("--rounds", metavar="N", type=arg.positive, default=5, help="calls that are timed (default 5)")
-    add("--json", metavar="FILE", type=arg.path, help="write every figure there")
+    add("--json", metavar="FILE", type=arg.output, help="write every figure there")
     # fmt: on
 
 

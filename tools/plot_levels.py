@@ -14,7 +14,7 @@ COLORS = {"uniform": "tab:gray", "pot": "tab:orange", "apot": "tab:blue"}
 
 def make_parser() -> argparse.ArgumentParser:
     p = Parser("plot_levels.py", description=__doc__.splitlines()[0])
-    p.add_argument("path", type=arg.path, metavar="FILE", help=f"the picture; {', '.join(FORMATS)}")
+    p.add_argument("path", type=arg.output, metavar="FILE", help=f"the picture; {', '.join(FORMATS)}")
     return p
 
 

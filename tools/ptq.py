@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", type=arg.name, help=f"one of {', '.join(arg.DATASETS)} (default: that of the run)")
     p.add_argument("--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA or data/")
     p.add_argument("--seed", type=arg.seed, default=0, help="of the choice of images (default 0)")
-    p.add_argument("--json", type=arg.path, metavar="FILE", help="write the table's numbers here too")
+    p.add_argument("--json", type=arg.output, metavar="FILE", help="write the table's numbers here too")
     return p
 
 
