@@ -232,7 +232,7 @@ FLAGS = {  # of each tool: how its command line begins, and what each flag does 
         "--temperature": BAD["above_0"], "--image-size": BAD["positive"], "--train-images": [*BAD["positive"], "1"],
         "-j": BAD["count"], "-p": BAD["positive"], "--gpu": [*NO_WHOLE, "999"], "--power": NO_CHOICE,
         "--arch": NO_CHOICE, "--scheme": NO_CHOICE, "--schedule": NO_CHOICE, "--augment": NO_CHOICE, "--recipe": NO_CHOICE,
-        "--clip-init": NO_CHOICE, "--engine": NO_CHOICE, "--device": NO_CHOICE, "--dataset": NO_CHOICE, "--policy": NO_FILE,
+        "--clip-init": NO_CHOICE, "--engine": NO_CHOICE, "--device": [*NO_CHOICE, "cuda:99", "cuda:999", "cuda:-1", "mps", "meta"], "--dataset": NO_CHOICE, "--policy": NO_FILE,
         "--pretrained": NO_FILE, "--resume": NO_FILE, "--dataset folder --data": NO_FILE, "--dataset mnist --data": NO_FILE,
         "--no-such-flag": NO_CHOICE, "--explain": ["--seed"], "-e": ["--seed"],
     }),

@@ -173,7 +173,8 @@ def pick_device(name: str | None, gpu: int | None) -> torch.device:
         raise ApotfxError(f"--device {name}: unknown; expected cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ApotfxError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # Negative: torch keeps the index in a byte.
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise ApotfxError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
