@@ -247,6 +247,7 @@ def test_forged_checkpoints_are_refused_or_train(name, full, checkpoints, tmp_pa
             outcomes["taken"] += 1
         except ApotfxError as error:
             assert str(error).isprintable() and len(str(error)) < 1000
+            assert "Error: " not in str(error)  # what nobody foresaw
             outcomes["refused"] += 1
     print(f"{name}: {dict(outcomes)} of {len(contents)}")
     assert outcomes["refused"] > 0.5 * outcomes.total()

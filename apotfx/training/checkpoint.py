@@ -98,6 +98,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ApotfxError(f"checkpoint {path}: damaged or made by hand ({error}); use another copy") from None
     except MemoryError:
         raise ApotfxError(f"checkpoint {path}: larger than the memory; use another machine") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        what = f"{type(error).__name__}: {printable(error)}"
+        raise ApotfxError(f"checkpoint {path}: damaged or made by hand ({what}); use another copy") from error
 
 
 def _read(data: bytes) -> dict:
@@ -170,7 +173,7 @@ def _interpret_ours(path: Path, content: dict) -> Checkpoint:
     state = content.get("ema", content["model"])
     best = _check_best(content.get("best", {}), config)
     made_with = _dict(content.get("made_with", {}), "made_with")
-    if not all(isinstance(v, str) and k.isprintable() and v.isprintable() for k, v in made_with.items()):
+    if not all(isinstance(text, str) and text.isprintable() for text in (*made_with, *made_with.values())):
         raise Damaged("made_with is not made of texts")
     resume = _check_training(path, content, config, best) if "step" in content else None
     return Checkpoint(path, state, config, best, made_with, resume)
