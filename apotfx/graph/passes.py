@@ -21,6 +21,7 @@ from apotfx.graph.tracing import bind
 from apotfx.modules import attribute, has_hooks, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
+from apotfx.state import synchronize_clips
 from apotfx.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -246,6 +247,7 @@ def quantize(
     layers = _quantized_layers(prepared, resolved)
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
+    synchronize_clips(qmodel)
     record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, concrete_args=dict(concrete_args or {}))
     return qmodel
 
@@ -300,7 +302,7 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
         layers[name] = QUANT_LAYERS[float_type_of(layer)].from_float(
             layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor
         )
-        layers[name].name = name
+        layers[name].name, layers[name].sign_reason = name, planned.facts.sign_reason
     return layers
 
 
