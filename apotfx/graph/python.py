@@ -8,6 +8,7 @@ import builtins
 import functools
 import math
 import operator
+import sys
 import types
 from collections.abc import Callable
 from dis import get_instructions
@@ -112,7 +113,7 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
             return None
         scope = memo.setdefault(id(function.__globals__), {})
         if not scope:
-            scope.update(function.__globals__, __builtins__=BUILTINS)
+            scope.update(function.__globals__, __builtins__=BUILTINS | {"super": functools.partial(_Super, memo)})
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         copied = types.FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__, cells if function.__closure__ else None
@@ -128,7 +129,7 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
                 continue
         for name in _names(function.__code__):
             if name in function.__globals__:
-                scope[name] = _understanding(function.__globals__, name, memo)
+                scope[name] = _understanding(function.__globals__[name], function.__globals__, name, memo)
     return memo[function]
 
 
@@ -137,17 +138,35 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _understanding(scope: dict, name: str, memo: dict) -> object:
-    """What stands for the global `name` in a function that is rebound."""
-    value = scope[name]
+def _understanding(value: object, scope: dict, name: str, memo: dict) -> object:
+    """What stands for the global `name`, which is `value`, in a function that is rebound."""
     if value is math:
         return _MATH
     if value is torch:
         return _TORCH
+    if isinstance(value, types.ModuleType):
+        root = value.__name__.partition(".")[0]
+        return value if root in ("torch", "numpy", *sys.stdlib_module_names) else _Rebound(value, _memo=memo)
     if (id(scope), name) in fx._symbolic_trace._wrapped_fns_to_patch or getattr(math, name, None) is value:
         return recorded(value)
     known = _ANSWERS.get(value) if callable(value) and getattr(value, "__hash__", None) else None
     return known or rebound(value, memo) or value
+
+
+class _Super:
+    """What `super()` gives, with methods that are rebound."""
+
+    def __init__(self, memo: dict, *args):
+        if not args:  # Python takes them from the function that calls
+            frame = sys._getframe(1)
+            args = frame.f_locals["__class__"], frame.f_locals[frame.f_code.co_varnames[0]]
+        object.__setattr__(self, "found", (super(*args), memo))
+
+    def __getattribute__(self, name: str):
+        parent, memo = object.__getattribute__(self, "found")
+        value = getattr(parent, name)
+        copied = rebound(getattr(value, "__func__", value), memo)
+        return copied.__get__(value.__self__) if copied and hasattr(value, "__self__") else copied or value
 
 
 def recorded(function: Callable) -> Callable:
@@ -172,6 +191,10 @@ def _hasattr(value: object, name: str) -> bool:
 
 def _callable(value: object) -> bool:
     return callable(value) and not (isinstance(value, fx.Proxy) and not hasattr(known_type(value), "__call__"))
+
+
+def _is_grad_enabled() -> bool:
+    raise Untraceable("its forward asks whether gradients are computed")
 
 
 def _is_tensor(value: object) -> bool:
@@ -209,6 +232,14 @@ class _Module(types.ModuleType):
         return getattr(vars(self)["_module"], name)
 
 
+class _Rebound(_Module):
+    """A module of the user's, with functions that are rebound."""
+
+    def __getattr__(self, name: str):
+        module, memo = vars(self)["_module"], vars(self)["_memo"]
+        return _understanding(getattr(module, name), vars(module), name, memo)
+
+
 BUILTINS = vars(builtins) | {"isinstance": _isinstance, "hasattr": _hasattr, "callable": _callable, "type": _Type()}
 _MATH = _Module(math, **{name: recorded(f) for name, f in vars(math).items() if callable(f)})
 # What makes a tensor of none takes no stand-ins as sizes, types and devices.
@@ -217,5 +248,5 @@ _FACTORIES = {
     torch.logspace, torch.normal, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm,
     torch.scalar_tensor, torch.tensor, torch.tril_indices, torch.triu_indices, torch.zeros,
 }  # fmt: skip
-_TORCH = _Module(torch, is_tensor=_is_tensor, **{f.__name__: recorded(f) for f in _FACTORIES})
+_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
 _ANSWERS = {isinstance: _isinstance, hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}

@@ -491,7 +491,7 @@ class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
 
     def __getattr__(self, name: str) -> fx.Proxy:
-        if name in ("grad", "grad_fn", "name", "_base"):
+        if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):
             raise Untraceable(f"its forward asks for {name} of a tensor, which is not known while tracing")
         if name.startswith("__") or self.tracer.type_of(self.node) is Tensor and not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
@@ -512,8 +512,10 @@ class _Value(fx.Proxy):
             return getattr(operator, _IN_PLACE[function])(self, *operands)
         return self.tracer.create_proxy("call_function", function, (self, *operands), {})
 
-    def __repr__(self) -> str:
-        raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
+    def __repr__(self) -> str:  # of sizes it is there for messages
+        if self.node.meta["type"] in (torch.dtype, torch.device):
+            raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
+        return super().__repr__()
 
     def __len__(self) -> int:
         return self.tracer.ask(self, "len")
