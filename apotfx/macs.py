@@ -54,8 +54,8 @@ class MacCounter(TorchDispatchMode):
     """Counts while it is active.
 
     Args:
-        owners: per storage of a parameter or buffer the row that it belongs to, "" for none, None where its products are
-            counted elsewhere.
+        owners: per storage of a parameter or buffer the row that it belongs to, "" for none, None where its products
+            are counted elsewhere.
 
     Attributes:
         rows: products with weights, per row.

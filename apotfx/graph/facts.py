@@ -45,8 +45,8 @@ class LayerFacts:
         kernel_size: of a convolution; () for a linear layer.
         sign_reason: why `signed_input` is what it is.
         position_reason: why `is_first` and `is_last` are what they are.
-        input_range: (low, high) that the inputs of all its calls lie in whatever the network's inputs and weights, in both
-            modes; infinite where nothing is known. See `ranges`.
+        input_range: (low, high) that the inputs of all its calls lie in whatever the network's inputs and weights, in
+            both modes; infinite where nothing is known. See `ranges`.
     """
 
     name: str

@@ -77,7 +77,7 @@ class Ranges(Mapping[fx.Node, Interval]):
         return COMPLEX if isinstance(argument, complex) else UNKNOWN
 
     def has_type(self, argument: object, kind: type) -> bool:
-        """Whether an argument certainly is made of bools (kind bool), or of integers that index or measure (kind int)."""
+        """Whether an argument is certain to hold bools (kind bool), or integers that index or measure (kind int)."""
         if not isinstance(argument, fx.Node):
             return type(argument) is kind
         if argument.op == "get_attr":
@@ -193,7 +193,8 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
         if has_hooks(module) or "forward" in vars(module):
             return None
         same = (c for c in type(module).__mro__ if getattr(c, "forward", None) is type(module).forward)
-        return next((c.__name__.lower() for c in same if c.__module__.startswith(("torch.nn.modules.", "apotfx."))), None)
+        known = (c for c in same if c.__module__.startswith(("torch.nn.modules.", "apotfx.")))
+        return next((c.__name__.lower() for c in known), None)
     if node.target is getattr:
         return f".{node.args[1]}"
     origin, name = getattr(node.target, "__module__", None) or "torch", torch_name(node)
@@ -645,7 +646,8 @@ WITH_INDICES = """
 """
 COMPARISONS = """
     eq ne lt le gt ge equal not_equal less less_equal greater greater_equal isnan isinf isfinite isposinf isneginf
-    isreal isin isclose allclose logical_and logical_or logical_xor logical_not any all signbit is_floating_point is_complex
+    isreal isin isclose allclose logical_and logical_or logical_xor logical_not any all signbit
+    is_floating_point is_complex
 """
 MAGNITUDES = """
     norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm nuclear_norm dist cdist pdist
@@ -705,7 +707,8 @@ RULES = _table(
     ("local_response_norm cross_map_lrn2d", _response_norm),
     ("bincount", lambda c: NON_NEGATIVE if c.get(1, "weights") is None else cone(c.range(1, "weights"))),
     # Neighbourhoods.
-    ("max_pool#", _max_pool(6, namesake=False)), ("fractional_max_pool#", _max_pool(4)), ("adaptive_max_pool#", _max_pool(2)),
+    ("max_pool#", _max_pool(6, namesake=False)), ("fractional_max_pool#", _max_pool(4)),
+    ("adaptive_max_pool#", _max_pool(2)),
     ("avg_pool#", _average_pool),
     ("lp_pool#", lambda c: NON_NEGATIVE if c.number(1, "norm_type") % 2 == 0 else _cone(c)),
     ("pad", _pad), ("constant_pad_nd", _constant_pad(2, "value")), ("constant_pad#", _constant_pad(None, "value")),
