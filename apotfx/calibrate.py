@@ -2,18 +2,24 @@
 
 import functools
 import inspect
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
-from .layers import QuantFunctional, QuantLayer
-from .quantizers import Quantizer, WeightQuantizer
+from .graph.network import graph_of, record_of
+from .graph.passes import leave_in_float
+from .graph.selfcheck import require_same
+from .layers import QuantLayer, outside_readers
+from .reproducible import AttachedBatchNorm
+from .quantizers import PAPER_INPUT_CLIP, WeightQuantizer
 
 METHODS = ("mse", "minmax", "percentile", "paper")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -51,8 +57,9 @@ def calibrate(
     model is in. A network that is fresh should be in training mode, so that its batch norms use the batches; one that is
     trained should be in evaluation mode.
 
-    Layers inside a module that tracing kept whole may be passed by, such as those used in training only. They are named
-    in a warning, and get their clips from the first training batch that reaches them.
+    Layers inside a module that tracing kept whole may be passed by, such as those used in training only, and an expert
+    may get an empty batch only. They are named in a warning, and get their clips from the first training batch that
+    reaches them.
 
     Args:
         qmodel: what `quantize` returned.
@@ -69,8 +76,8 @@ def calibrate(
 
     Raises:
         ApotfxError: nothing in `qmodel` is quantized; no batch was given, or one that is no input of the model; a layer
-            refuses a batch for its shape, dtype or device, or sees values that are not finite (names the layer); an
-            unknown method or a percentile out of range.
+            refuses a batch for its shape, dtype or device, sees values that are not finite, or negative ones that the
+            network's graph excluded (names the layer); an unknown method or a percentile out of range.
     """
     if method not in METHODS:
         raise ApotfxError(f"calibration method {method!r}: unknown; choose one of {', '.join(METHODS)}")
@@ -80,20 +87,19 @@ def calibrate(
     if not layers:
         raise ApotfxError("calibrate: the model has no quantized layer; pass what apotfx.quantize returned")
     if method == "paper":
-        for quantizer in (q for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer) if q):
-            quantizer.set_clip(quantizer.clip)
+        for layer in layers.values():
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.set_clip(layer.weight_quantizer.paper_clip(layer.weight))
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.set_clip(PAPER_INPUT_CLIP)
         return qmodel
 
     fit_weights = _WeightFit(minmax_clip if method == "minmax" else fit_clip)
     for name, layer in layers.items():
-        if not isinstance(layer, QuantFunctional):
-            fit_weights(name, layer, layer.weight)
-    kept = _observe_float(qmodel, layers, batches, fit_weights, extremes if method == "minmax" else sample)
-    for name, layer in layers.items():
-        if name in kept and (quantizer := layer.input_quantizer) is not None:
-            x = torch.cat(kept[name])
-            if not x.numel():
-                raise ApotfxError(f"layer {name}: its input during calibration is empty; pass at least one image")
+        fit_weights(name, layer, layer.weight)
+    kept = _observe_float(qmodel, layers, batches, extremes if method == "minmax" else sample)
+    for name, x in kept.items():
+        if (quantizer := layers[name].input_quantizer) is not None:
             if method == "percentile":
                 quantizer.set_clip(percentile_clip(x, quantizer.levels, percentile))
             else:
@@ -124,15 +130,18 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
             or statistics that are not finite; then the statistics are as they were.
     """
     norms = {name: m for name, m in qmodel.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+    owners = {m.norm[0] for m in norms.values() if isinstance(m, AttachedBatchNorm)}
+    norms = {name: m for name, m in norms.items() if m not in owners and not getattr(m, "frozen", False)}
     if not norms:
         raise ApotfxError("reestimate_batch_norms: the model has no batch norm with running statistics; leave it out")
-    momenta = {norm: norm.momentum for norm in norms.values()}
-    before = {norm: {key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms.values()}
+    states = {norm: getattr(norm, "norm", (norm,))[0] for norm in norms.values()}
+    momenta = {state: state.momentum for state in states.values()}
+    before = {norm: [(buffer, buffer.clone()) for buffer in state.buffers()] for norm, state in states.items()}
     try:
         with _evaluation(qmodel):
             for norm in norms.values():
                 norm.reset_running_stats()
-                norm.momentum = None  # for the average over all batches
+                states[norm].momentum = None  # for the average over all batches
                 norm.training = True
             _run(qmodel, batches)
         unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
@@ -146,9 +155,10 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
         raise
     finally:
         for name in unreached:
-            norms[name].load_state_dict(before[norms[name]], strict=False)
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+            for buffer, value in before[norms[name]]:
+                buffer.copy_(value)
+        for state, momentum in momenta.items():
+            state.momentum = momentum
     if unreached:
         warnings.warn(
             f"batch norms {', '.join(unreached)}: no batch reached them; they keep their statistics", stacklevel=3
@@ -275,32 +285,34 @@ class _WeightFit:
 
 
 def _observe_float(
-    qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, fit_weights: _WeightFit, keep: Callable
-) -> dict[str, list[Tensor]]:
-    """What is kept of the inputs of `layers` with no input quantized; buffers such as batch-norm statistics are put back.
-
-    Layers whose weight is an argument get their clip at the first call.
-    """
-    needs_clip = {layer for layer in layers.values() if layer.input_quantizer is not None}
+    qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, keep: Callable
+) -> dict[str, Tensor]:
+    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer."""
+    quantizers = {layer: layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None}
+    ranges: dict[str, tuple[float, float]] = {}
     buffers = [
         (module, key, buffer.clone())
-        for module in qmodel.modules() if not isinstance(module, Quantizer)
+        for module in qmodel.modules()
         for key, buffer in module.named_buffers(recurse=False)
-    ]  # fmt: skip
+    ]
 
     def check(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         x = _argument(args, kwargs, 0, "input")
         if not x.is_floating_point():
             raise ApotfxError(f"layer {name}: its input is {x.dtype}, expected a floating-point type; convert it")
-        if layer in needs_clip and not layer.rectify(x).isfinite().all():
-            raise ApotfxError(
-                f"layer {name}: its input during calibration is not finite; check the batches and weights"
-            )
-        if isinstance(layer, QuantFunctional):
-            fit_weights(name, layer, _argument(args, kwargs, 1, "weight"))
+        if x.numel() and layer in quantizers:
+            low, high = extremes(layer.rectify(x)).tolist()
+            if not math.isfinite(high - low):
+                raise ApotfxError(
+                    f"layer {name}: its input during calibration is not finite; check the batches and weights"
+                )
+            quantizers[layer].require_sign(low, name, "during calibration", layer.sign_reason)
+            least, most = ranges.get(name, (low, high))
+            ranges[name] = min(least, low), max(most, high)
 
     try:
         with (
+            outside_readers(layers.values()) as readers,
             _switched_off(layers, "input_quantizer"),
             _pre_hooks(layers, check),
             observed_inputs(layers, keep) as kept,
@@ -309,24 +321,33 @@ def _observe_float(
     finally:
         for module, key, value in buffers:
             getattr(module, key).copy_(value)
-    _require_reached(qmodel, layers, kept, num_batches)
-    return kept
+    called = {node.target for node in graph_of(qmodel).nodes if node.op == "call_module"}
+    read = {name for name, layer in layers.items() if layer in readers and name not in called}
+    for name in read & kept.keys():
+        layers[name].weight_is_read = True
+    if unused := read - kept.keys():
+        reason = "the module around it, which is kept whole, computes with its weight and never calls it"
+        leave_in_float(qmodel, dict.fromkeys(sorted(unused), reason))
+    needing = [name for name, layer in layers.items() if layer.input_quantizer is not None and name not in unused]
+    _require_reached(needing, called, kept, num_batches)
+    record = record_of(qmodel)
+    if "plan" in record:
+        record["plan"] = record["plan"].with_observed(ranges)
+    return {name: x for name, parts in kept.items() if (x := torch.cat(parts)).numel()}
 
 
-def _require_reached(qmodel: nn.Module, layers: dict[str, QuantLayer], kept: dict, num_batches: int) -> None:
-    """Warns of layers that need batches and saw none, where that may be meant; else raises ApotfxError."""
-    unreached = [
-        name for name, layer in layers.items()
-        if name not in kept and (layer.input_quantizer is not None or isinstance(layer, QuantFunctional))
-    ]  # fmt: skip
-    called = {
-        f"{path}.{node.target}" if path else node.target
-        for path, module in qmodel.named_modules() if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-    }  # fmt: skip
-    for name in unreached:
-        if name in called or not num_batches:
+def _require_reached(needing: list[str], called: set[str], kept: dict[str, list[Tensor]], num_batches: int) -> None:
+    """Warns of layers that need batches and saw no data, where that may be meant; else raises ApotfxError.
+
+    Args:
+        called: what the graph itself calls.
+    """
+    for name in needing:
+        if name not in kept and (name in called or not num_batches):
             raise ApotfxError(f"layer {name}: calibration never reached it; pass at least one batch that does")
+    unreached = [name for name in needing if not any(x.numel() for x in kept.get(name, ()))]
+    if unreached and len(unreached) == len(needing):
+        raise ApotfxError(f"layer {unreached[0]}: its input during calibration is empty; pass at least one image")
     if unreached:
         warnings.warn(
             f"layers {', '.join(unreached)}: no batch of the calibration reached them; they get their clips from the "
@@ -344,6 +365,7 @@ def _run(model: nn.Module, batches: Iterable) -> int:
     with _refusals_named(model):
         for count, batch in enumerate(batches, 1):
             args, kwargs = _arguments(model, batch)
+            require_same(model, args, kwargs)
             model(*args, **kwargs)
     return count
 
@@ -352,10 +374,10 @@ def _arguments(model: nn.Module, batch: object) -> tuple[tuple, dict]:
     """The arguments that `batch` stands for."""
     named = isinstance(batch, Mapping)
     args = () if named else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if not named and not all(isinstance(x, Tensor) for x in args):
-        found = ", ".join(type(x).__name__ for x in args)
-        raise ApotfxError(f"a batch holds {found}; expected tensors, one per input of the model")
     kwargs = dict(batch) if named else {}
+    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs))):
+        found = ", ".join(type(x).__name__ for x in (*args, *kwargs.values()))
+        raise ApotfxError(f"a batch holds {found or 'nothing'}; expected tensors, or what holds them, per input of the model")
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
@@ -394,22 +416,16 @@ def _refusals_named(model: nn.Module) -> Iterator[None]:
 
 def _refusal(name: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> str:
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if isinstance(module, QuantFunctional):
-        tensors = tensors[:1]
     got = " and ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors) or "no tensor"
-    expected = _expected_input(module, args, kwargs)
+    expected = _expected_input(module)
     what = f"layer {name}" if name else "the model"
     expects = f", expected {expected}" if expected else ""
     return f"{what}: refuses its input {got}{expects} ({' '.join(str(error).split())}); check the batches"
 
 
-def _expected_input(module: nn.Module, args: tuple, kwargs: dict) -> str:
+def _expected_input(module: nn.Module) -> str:
     """The shape that `module` takes as far as its type says; "" where it does not."""
-    if isinstance(module, QuantFunctional):
-        shape = _argument(args, kwargs, 1, "weight").shape
-        channels = shape[0] if getattr(module, "transposed", False) else shape[1] * getattr(module, "groups", 1)
-        dims = len(shape) - 2
-    elif hasattr(module, "in_features"):
+    if hasattr(module, "in_features"):
         channels, dims = module.in_features, 0
     elif hasattr(module, "in_channels"):
         channels, dims = module.in_channels, len(module.kernel_size)

@@ -11,8 +11,9 @@ from .levels import LevelSet
 SAMPLES = 2**16  # elements of a tensor that a clip is fitted to, and of an activation kept per batch
 # Clips tried, as fractions of the largest magnitude, in steps of 1/12 octave; 1 is one of them. Beyond it as the levels
 # of apot are sparse near the clip: from 5 magnitude bits on up to three times the largest magnitude fits best.
-CANDIDATES = torch.logspace(-5, 1.75, 82, base=2)
-REFINEMENT = torch.logspace(-1 / 12, 1 / 12, 9, base=2)  # between the neighbours of the best of them
+CANDIDATES = torch.logspace(-5, 1.75, 82, base=2, dtype=torch.float32, device="cpu")
+# Between the neighbours of the best of them.
+REFINEMENT = torch.logspace(-1 / 12, 1 / 12, 9, base=2, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def fit_clip(x: Tensor, levels: LevelSet, shape: torch.Size) -> Tensor:
     largest = _magnitudes(rows, levels).amax(1, keepdim=True)
     something = largest > 0
     largest = torch.where(something, largest, 1.0)
-    encoding = F.Levels.of(levels, x.device)
+    encoding = F.Levels(levels)
     best, best_error = largest, torch.full_like(largest, torch.inf)
     for fractions in (CANDIDATES, REFINEMENT):
         start = best

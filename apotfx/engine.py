@@ -156,8 +156,8 @@ class Compiled(Eager):
     name = "compiled"
 
     def standard_deviation(self, w: Tensor) -> Tensor:
-        on_cpu = w.dtype == torch.float32 and w.device.type == "cpu" and type(w) in (Tensor, nn.Parameter)
-        if on_cpu and w.numel() and F.is_dense(w) and not torch.compiler.is_compiling():
+        on_cpu = w.dtype == torch.float32 and w.device.type == "cpu"
+        if on_cpu and F.is_plain(w) and w.numel() and F.is_dense(w):
             return kernels.standard_deviation(w)
         return _for_device(w).standard_deviation(w)
 
@@ -185,7 +185,7 @@ class Compiled(Eager):
 
 def _for_device(x: Tensor) -> Eager:
     """What computes what our kernels for the CPU do not accept."""
-    on_gpu = x.device.type == "cuda" and HAS_TRITON and not torch.compiler.is_compiling()
+    on_gpu = x.device.type == "cuda" and HAS_TRITON and not F.is_traced()
     return ON_GPU if on_gpu else EAGER
 
 
@@ -286,7 +286,7 @@ def use_engine(model: nn.Module, name: str = "auto") -> Choice:
     """Let the engine that `choose(name)` gives compute all quantized layers of `model`; returns it."""
     choice = choose(name, next((p.device for p in model.parameters()), "cpu"))
     for module in model.modules():
-        if hasattr(module, "engine"):
+        if isinstance(getattr(module, "engine", None), Eager):
             module.engine = choice.engine
     return choice
 
@@ -335,14 +335,15 @@ def what_bytes_lack() -> str | None:
 
 
 def _one(like: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or like.dtype != torch.float32 or type(like) not in (Tensor, nn.Parameter):
+    if like.dtype != torch.float32 or not F.is_plain(like):
         return like.new_ones(())
     return _one_on(like.device)
 
 
 @functools.cache
 def _one_on(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.float32, device=device)
 
 
 class _Settings(NamedTuple):
@@ -388,9 +389,27 @@ class _QuantizedOp(torch.autograd.Function):
         return grad_x, grad_w, grad_clip_x, grad_clip_w, None, None
 
 
+class _TransformedOp(_QuantizedOp):
+    """The same for the transforms of torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, clip_x, clip_w, unit_w, settings):
+        operand_x = Operand(x, clip_x, None, settings.levels_x)
+        operand_w = Operand(w, clip_w, unit_w, settings.levels_w)
+        return EAGER.product(operand_x, operand_w, EAGER.scale(operand_x), settings.operator, settings.dtype, settings.exact)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, clip_x, clip_w, unit_w, settings = inputs
+        ctx.save_for_backward(x, w, clip_x, clip_w, unit_w, EAGER.scale(Operand(x, clip_x, None, settings.levels_x)))
+        ctx.settings = settings
+
+
 def _is_recorded(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured that x belongs to."""
-    return not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and not F.is_traced() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -457,7 +476,15 @@ def quantized_op(
         everywhere: passes the weight's gradient outside its clip too.
         engine: what computes it.
     """
-    device = x.values.device.type
+    device, inputs = x.values.device.type, (x.values, w.values, x.clip, w.clip)
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        if torch.jit.is_tracing():  # records no gradient but that of torch's operations
+            if learns and not exact:
+                raise ApotfxError("torch.jit.trace: loses the gradients of quantized layers; call eval() first")
+            return engine.product(x, w, engine.scale(x), operator, dtype, exact).detach()
+        if not learns:
+            return engine.product(x, w, engine.scale(x), operator, dtype, exact)
         settings = _Settings(x.levels, w.levels, operator, dtype, exact, clip_grad_factor, everywhere, engine)
-        return _QuantizedOp.apply(x.values, w.values, x.clip, w.clip, w.unit, settings)
+        function = _TransformedOp if torch._C._are_functorch_transforms_active() else _QuantizedOp
+        return function.apply(*inputs, w.unit, settings)

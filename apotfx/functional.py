@@ -4,31 +4,68 @@
 Wang, "Additive Powers-of-Two Quantization", ICLR 2020, arXiv 1909.13144.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .levels import LevelSet
 
 MIN_CLIP = 1e-8  # a clip that training drives to zero or below would turn the whole layer into NaN
 
 
-@dataclass(eq=False)
-class Levels:
+def is_traced() -> bool:
+    """Whether something besides autograd follows what is computed now.
+
+    A tracer (torch.compile, torch.export, make_fx, torch.jit.trace), a dispatch mode (fake tensors, a counter of
+    operations) or a transform (vmap, grad of torch.func) sees torch's operations only. What our own kernels write, and
+    what comes from a cache, would be a constant to it.
+    """
+    return (
+        torch.compiler.is_compiling()  # first, as torch.compile cannot enter the others
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor and nothing else, that nothing but autograd follows."""
+    return type(x) in (Tensor, Parameter) and not is_traced()
+
+
+def encoding_table(level_set: LevelSet, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`level_set.encoding_table` beside the tensor `like`, not to be written to; in `dtype`, which holds 2^15 exactly."""
+    if torch.compiler.is_compiling():
+        return _compiled_table(level_set.scheme, level_set.bits, level_set.signed, dtype, like.device)
+    if is_plain(like):
+        return _cached_table(level_set, dtype, like.device)
+    return like.new_tensor(level_set.encoding_table, dtype=dtype)
+
+
+@functools.cache
+def _cached_table(level_set: LevelSet, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(level_set.encoding_table, dtype=dtype, device=device)
+
+
+@torch.compiler.allow_in_graph  # with constants for arguments
+def _compiled_table(scheme: str, bits: int, signed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(LevelSet(scheme, bits, signed).encoding_table, dtype=dtype, device=device)
+
+
+class Levels(NamedTuple):
     """What the arithmetic needs to know of a level set.
 
     `rectifier` is the range (low, high) of an activation function `clamp(low, high)` that comes before the levels, such
     as (0, inf) for ReLU: values are clamped to it, and no gradient passes at its ends or beyond them.
     """
 
-    table: Tensor  # int32 [2 * max + 1], or [4 * max + 1] if signed
     set: LevelSet
     rectifier: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, level_set: LevelSet, device: torch.device | None = None) -> "Levels":
-        return cls(torch.tensor(level_set.encoding_table, dtype=torch.int32, device=device), level_set)
 
     @property
     def max(self) -> int:
@@ -65,7 +102,7 @@ class Operand:
 def level_step(clip: Tensor, max_level: int) -> Tensor:
     """`clip / max_level`, the float step of one level."""
     # By a tensor: CUDA divides by a number through its reciprocal, which rounds unlike the CPU.
-    return clip / torch.full((), max_level, dtype=clip.dtype, device=clip.device)
+    return clip / clip.new_full((), max_level)
 
 
 def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
@@ -88,15 +125,17 @@ def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
     if low:
         index.sub_(low)
     index.clamp_(0, high - low)  # what NaN turned into differs between devices
-    n = _look_up(levels.table.to(x.dtype), index)
+    n = _look_up(encoding_table(levels.set, x, x.dtype), index)
     return n.add_(position, alpha=0.0)  # carries NaN through
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index]`, which costs twice as much outside of torch.compile; `index` is dense, as it is new."""
+    """`table[index]`, which costs twice as much where nothing traces it; `index` is dense, as it is new."""
     if torch.compiler.is_compiling():
         # Of other formats torch.compile expects other strides than the look-up has.
         return table[index if suggests_channels_last(index) else index.contiguous()]
+    if not is_plain(index):
+        return table[index]
     return table.index_select(0, flat(index)).as_strided(index.shape, index.stride())
 
 
@@ -141,9 +180,7 @@ def quantization_gradient(
 
 
 def _sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    if torch.compiler.is_compiling():  # which makes one pass of it anyway
-        return (a * b).sum_to_size(shape)
-    if not shape and a.dtype == b.dtype and a.stride() == b.stride() and is_dense(a):
+    if not shape and is_plain(a) and a.dtype == b.dtype and a.stride() == b.stride() and is_dense(a):
         return torch.dot(flat(a), flat(b))  # without the product in memory
     return (a * b).sum_to_size(shape)
 

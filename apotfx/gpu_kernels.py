@@ -6,9 +6,9 @@ Importing this module needs Triton. With TRITON_INTERPRET=1 in the environment i
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from .functional import MIN_CLIP, Operand, is_dense
+from .functional import MIN_CLIP, Operand, encoding_table, is_dense, is_plain
 
 BLOCK = 1024  # values that a program holds at once
 MAX_PROGRAMS = 2048  # for each clip; they share its values, and leave a sum each
@@ -25,14 +25,14 @@ def accept(operand: Operand) -> bool:
         and clip.is_contiguous()
         and clip.numel() <= MAX_CLIPS
         and (unit is None or unit.dtype == torch.float32)
-        and all(x.device == other.device for other in (clip, unit, levels.table) if other is not None)
+        and all(x.device == other.device for other in (clip, unit) if other is not None)
     )
 
 
 def accept_values(x: Tensor) -> bool:
     """Whether the kernels can work on the values x."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and type(x) in (Tensor, nn.Parameter)
-    return known and x.numel() > 0 and is_dense(x) and not torch.compiler.is_compiling()
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and x.numel() > 0 and is_dense(x) and is_plain(x)
 
 
 @triton.jit
@@ -184,6 +184,10 @@ def _describe(operand: Operand) -> tuple[int, tuple, dict]:
     return count, arguments, {"HAS_UNIT": operand.unit is not None, "RECTIFIED": levels.rectifier is not None}
 
 
+def _table(operand: Operand) -> Tensor:
+    return encoding_table(operand.levels.set, operand.values, torch.int32)
+
+
 def scale(operand: Operand, factor: Tensor | None = None) -> Tensor:
     """`operand.scale`, times a factor (float32 []) if there is one; shape of the clip."""
     clip, unit = operand.clip, operand.unit
@@ -206,7 +210,7 @@ def encode(operand: Operand, factor: Tensor | None = None, dtype: torch.dtype = 
     n = torch.empty_like(x, dtype=dtype)
     with torch.cuda.device_of(x):
         _encode[(triton.cdiv(count, BLOCK), clip.numel())](
-            x, clip, clip if unit is None else unit, clip if factor is None else factor, operand.levels.table, n,
+            x, clip, clip if unit is None else unit, clip if factor is None else factor, _table(operand), n,
             *arguments, HAS_FACTOR=factor is not None, BLOCK=BLOCK, **flags,
         )  # fmt: skip
     return n
@@ -226,7 +230,7 @@ def gradient(grad: Tensor, operand: Operand, factor: Tensor | None, everywhere: 
     sums = torch.empty(clip.numel() * programs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _gradient[(programs, clip.numel())](
-            grad, x, clip, clip if unit is None else unit, clip if factor is None else factor, operand.levels.table,
+            grad, x, clip, clip if unit is None else unit, clip if factor is None else factor, _table(operand),
             grad_x, sums, *arguments, HAS_FACTOR=factor is not None, EVERYWHERE=everywhere, BLOCK=BLOCK, **flags,
         )  # fmt: skip
         _finish[(clip.numel(),)](

@@ -25,7 +25,7 @@ from .operators import (
     accumulator_bound,
     exact_dtype,
 )
-from .quantizers import InputQuantizer, WeightQuantizer
+from .quantizers import InputQuantizer, Origin, Quantizer, WeightQuantizer, takes_data
 
 
 class Geometry(NamedTuple):
@@ -144,6 +144,7 @@ class QuantLayer(nn.Module):
         weight_quantizer: or None for a float weight. Layers that share their weight share it too.
         input_quantizer: or None for a float input.
         clip_grad_factor: multiplies the gradients of both clips.
+        sign_reason: why its input cannot be negative, where it cannot.
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
         rectifies: whether it does that work; not while the network computes the activation function itself.
@@ -154,6 +155,7 @@ class QuantLayer(nn.Module):
     float_type: type[nn.Module]
     kind: str
     name: str = "quantized layer"
+    sign_reason: str = ""
     rectifier: tuple[float, float] | None = None
     rectifies = True
     weight_is_read = False
@@ -215,9 +217,11 @@ class QuantLayer(nn.Module):
                 f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it"
             )
         prepared = geometry.prepare(input)
-        weights, inputs = self.weight_quantizer, self.input_quantizer
-        if self.training and any(quantizer is not None and quantizer.needs_clip for quantizer in (weights, inputs)):
-            self._fit_first_batch(prepared, weight)
+        weights = self.weight_quantizer
+        if self.training and torch.is_grad_enabled():
+            unsettled = [q for q in (self.input_quantizer, weights) if q is not None and q.origin is not Origin.DATA]
+            if unsettled:
+                self._fit_first_batch(unsettled, prepared, weight)
         x, w = self._input_operand(prepared), self.weight_operand(weight)
         dtype = self._operand_dtype(prepared, w.values.shape)
         y = quantized_op(
@@ -256,7 +260,8 @@ class QuantLayer(nn.Module):
         quantizer = self.input_quantizer
         if quantizer is None:
             return Operand(self.rectify(x), None, None, None)
-        return Operand(x, quantizer.clip, None, F.Levels(quantizer.table, quantizer.levels, self.rectifier if self.rectifies else None))
+        rectifier = self.rectifier if self.rectifies else None
+        return Operand(x, quantizer.operand_clip, None, F.Levels(quantizer.levels, rectifier))
 
     def weight_operand(self, weight: Tensor) -> Operand:
         """The weight parameter (of a functional layer, the argument) as the operator takes it."""
@@ -267,7 +272,7 @@ class QuantLayer(nn.Module):
         # In evaluation the same bits on every engine.
         standard_deviation = self.engine.standard_deviation if self.training else F.standard_deviation
         weight, unit = quantizer.normalize(weight, standard_deviation)
-        return Operand(weight, quantizer.clip, unit, quantizer.encoding)
+        return Operand(weight, quantizer.operand_clip, unit, quantizer.encoding)
 
     @torch.no_grad()
     def integer_weight(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -282,13 +287,27 @@ class QuantLayer(nn.Module):
         operand = Operand(weight, quantizer.clip, unit, quantizer.encoding)
         return EAGER.levels(operand), operand.scale
 
-    def _fit_first_batch(self, x: Tensor, weight: Tensor) -> None:
-        inputs, weights = self.input_quantizer, self.weight_quantizer
-        if inputs is not None and inputs.needs_clip:
-            inputs.fit_first_batch(self.rectify(x), f"the input of layer {self.name}")
-        if weights is not None and weights.needs_clip:
-            weight = self.geometry.operator.from_parameter(weight)
-            weights.fit_first_batch(weights.in_clip_units(weight), f"the weight of layer {self.name}")
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _fit_first_batch(self, quantizers: list[Quantizer], x: Tensor, weight: Tensor) -> None:
+        """Set those clips of `quantizers` that need it, from the layer's padded input and its weight; from zeros, none.
+
+        Raises:
+            ApotfxError: x or the weight is not finite, or x is negative where the levels are unsigned; or this is no
+                training step to take clips from.
+        """
+        if not takes_data(self.name):
+            return
+        quantizers, x = [quantizer for quantizer in quantizers if quantizer.needs_data()], self.rectify(x)
+        if not quantizers or not x.any():
+            return
+        for quantizer in quantizers:
+            if quantizer is self.input_quantizer:
+                quantizer.require_sign(x.amin().item(), self.name, "in the first training batch", self.sign_reason)
+                quantizer.fit_first_batch(x, f"the input of layer {self.name}")
+            else:
+                parameter = self.geometry.operator.from_parameter(weight)
+                quantizer.fit_first_batch(quantizer.in_clip_units(parameter), f"the weight of layer {self.name}")
 
     def _operand_dtype(self, x: Tensor, weight_shape: torch.Size) -> torch.dtype:
         """In training whatever is fast; in evaluation what makes the accumulators exact, or nearly so for a float operand."""
@@ -378,7 +397,7 @@ def kind_of(layer: nn.Module) -> str:
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
 
 
-_ADDED = ("name", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
+_ADDED = ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .functional import is_traced
+
 FLOAT32_EXACT = 2**24  # integers, and sums of integers, are exact in float32 below this
 BFLOAT16_EXACT = 2**8
 INT32_EXACT = 2**31
@@ -120,7 +122,7 @@ def without_idle_taps(
     Returns:
         (the convolution, the slices that cut the weight to the taps it uses; None if it uses all).
     """
-    if torch.compiler.is_compiling():  # which sees through no cache, and may not know the sizes
+    if is_traced():  # to other sizes, it may be, than these
         return convolution, None
     return _without_idle_taps(convolution, sizes, kernel)
 

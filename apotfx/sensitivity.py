@@ -239,6 +239,6 @@ def _predicted(trace: float, x: Tensor, options: list[tuple[str, int]], signed: 
             levels = LevelSet(scheme, bits, signed)
         except ApotfxError:  # powers of two beyond what 16 bits hold
             continue
-        error = F.fake_quantize(x, fit_clip(x, levels, torch.Size()), F.Levels.of(levels, x.device)) - x
+        error = F.fake_quantize(x, fit_clip(x, levels, torch.Size()), F.Levels(levels)) - x
         predicted[scheme, bits] = trace * error.square().mean().item() / 2
     return predicted

@@ -21,6 +21,14 @@ settings.register_profile("nightly", max_examples=500, **UNHURRIED)
 settings.load_profile("default")
 
 
+@pytest.fixture
+def default_dtype():
+    """`torch.set_default_dtype`, taken back after the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """A directory with MNIST's raw files in torchvision's layout; skips the test where there is none."""

@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 
 from apotfx import BitPolicy, Rule, export_integer, load_integer, quantize
 from apotfx.layers import QuantLayer
+from apotfx.state import uncalibrated
 
 POLICY = BitPolicy((Rule(),))
 CHANNEL = BitPolicy((Rule(granularity="channel"),))
@@ -34,8 +35,7 @@ def trained(model, inputs, policy=POLICY, **options):
         learns = parameter.requires_grad and name not in unused
         assert not learns or parameter.grad is not None, f"{name} has no gradient"
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
-    for quantizer in (m for m in qmodel.modules() if hasattr(m, "needs_clip")):
-        assert quantizer.calibrated and not quantizer.needs_clip
+    assert not uncalibrated(qmodel)
     learning = [p for p in qmodel.parameters() if p.requires_grad]
     torch.optim.SGD(learning, lr=1e-3).step()
     return qmodel.eval()

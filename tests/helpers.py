@@ -43,12 +43,6 @@ def level_set_id(levels: LevelSet) -> str:
     return f"{levels.scheme}{levels.bits}{'s' if levels.signed else 'u'}"
 
 
-def encoding(
-    levels: LevelSet, rectifier: tuple[float, float] | None = None, device: torch.device | None = None
-) -> F.Levels:
-    return F.Levels(F.Levels.of(levels, device).table, levels, rectifier)
-
-
 def weight_in_clip_units(layer: QuantLayer) -> torch.Tensor:
     """What the clip of a layer's weight is compared to."""
     weight, unit = layer.weight_quantizer.normalize(layer.weight)

@@ -14,13 +14,12 @@ from helpers import table_rows
 ROOT = Path(__file__).parents[1]
 TINY = ["train", "--network", "stack", "--batch", "2", "--image-size", "8", "--rounds", "1", "--warmup", "1"]
 
-sys.path.insert(0, str(ROOT / "tools"))
-
 import bench
 import bench_common
 import bench_train
 
 from apotfx.engine import choose
+from apotfx.quantizers import Quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +125,7 @@ def test_a_step_trains_and_repeats():
 
 def test_clips_are_calibrated_before_the_first_step():
     step = bench_train.Step(tiny_case(), bench_train.Variant("eager", 4, "apot"))
-    assert [m.needs_clip for m in step.model.modules() if hasattr(m, "needs_clip")] == [False] * 6
+    assert [m.needs_data() for m in step.model.modules() if isinstance(m, Quantizer)] == [False] * 6
 
 
 def test_the_memory_format_reaches_images_and_weights():

@@ -11,6 +11,7 @@ from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, quantize
 from apotfx.calibrate import correct_biases, reestimate_batch_norms
 from apotfx.clips import SAMPLES, fit_clip, sample
 from apotfx.layers import QuantFunctional, QuantLayer
+from apotfx.state import uncalibrated
 
 PER_TENSOR = torch.Size([])
 
@@ -51,12 +52,12 @@ def test_only_clips_change(training):
     after = qmodel.state_dict()
     assert list(after) == list(before)
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name in before if name.endswith(("clip", "calibrated"))}
+    assert changed == {name for name in before if name.endswith("clip")}
     assert [module.training for module in qmodel.modules()] == modes
     assert [len(module._forward_pre_hooks) for module in qmodel.modules()] == hooks
     assert [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)] == layers
     assert all(parameter.grad is None for parameter in qmodel.parameters())
-    assert not any(quantizer.needs_clip for pair in layers for quantizer in pair)
+    assert not any(quantizer.needs_data() for pair in layers for quantizer in pair)
 
 
 def inputs_of(qmodel, data):
@@ -103,7 +104,7 @@ def test_a_calibrated_model_keeps_its_clips_in_training():
 def test_operands_that_stay_float_need_no_clip(bits):
     qmodel = calibrate(quantized(**bits), batches())
     clips = [name for name in qmodel.state_dict() if name.endswith("clip")]
-    assert len(clips) == 3 and all(qmodel.state_dict()[name.replace("clip", "calibrated")] for name in clips)
+    assert len(clips) == 3 and not uncalibrated(qmodel)
 
 
 def test_weights_only_need_no_batch():
@@ -205,7 +206,7 @@ class Functional(nn.Module):
         return F.linear(F.conv2d(x, self.kernel).relu().mean((2, 3)), 2 * self.matrix)
 
 
-@pytest.mark.parametrize("method", ["mse", "minmax", "percentile", "paper"])
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
 def test_functional_layers_get_the_clips_of_the_weights_they_are_called_with(method):
     model = Functional()
     qmodel = quantize(model, BitPolicy((Rule(normalization="none"),)))
@@ -214,9 +215,9 @@ def test_functional_layers_get_the_clips_of_the_weights_they_are_called_with(met
     for layer, weight in zip(layers, (model.kernel, 2 * model.matrix), strict=True):
         quantizer = layer.weight_quantizer
         expected = fit_clip(weight, quantizer.levels, PER_TENSOR)
-        expected = {"minmax": weight.abs().max(), "paper": 3 * weight.std()}.get(method, expected)
+        expected = {"minmax": weight.abs().max()}.get(method, expected)
         assert torch.equal(quantizer.clip, expected)
-        assert quantizer.calibrated and not quantizer.needs_clip and layer.input_quantizer.calibrated
+        assert not quantizer.needs_data() and not layer.input_quantizer.needs_data()
 
 
 def test_a_functional_layer_that_no_batch_reaches_is_refused():
@@ -265,9 +266,9 @@ def test_layers_of_a_leaf_that_no_batch_reaches_are_left_to_training():
         calibrate(qmodel, [torch.randn(4, 3)])
     assert len(caught) == 1 and caught[0].filename == __file__
     extra = qmodel.get_submodule("1.extra").input_quantizer
-    assert extra.needs_clip and not extra.calibrated and not qmodel.get_submodule("1.fc").input_quantizer.needs_clip
+    assert extra.needs_data() and not qmodel.get_submodule("1.fc").input_quantizer.needs_data()
     qmodel.train()(torch.randn(4, 3))
-    assert not extra.needs_clip
+    assert not extra.needs_data()
 
 
 @pytest.mark.parametrize(
@@ -306,15 +307,99 @@ def test_an_error_in_the_iterable_passes_through():
         calibrate(quantized(), data())
 
 
-def test_method_paper_keeps_the_constants_and_reads_no_batch():
-    qmodel = quantized(normalization="none")
-    before = state(qmodel)
+@pytest.mark.parametrize("before", ["fresh", "calibrated", "learned"])
+@pytest.mark.parametrize("normalization", ["none", "rescale", "standardize"])
+def test_method_paper_sets_its_constants_and_reads_no_batch(normalization, before):
+    qmodel = quantized(normalization=normalization, granularity="channel")
+    if before != "fresh":
+        calibrate(qmodel, batches())
+    if before == "learned":
+        with torch.no_grad():
+            for layer in quant_layers(qmodel):
+                layer.weight_quantizer.clip.mul_(1.5)
     assert calibrate(qmodel, None, method="paper") is qmodel
     for layer in quant_layers(qmodel):
-        assert layer.input_quantizer.clip == 8 and layer.weight_quantizer.clip == 3 * layer.weight.std()
-        assert layer.input_quantizer.calibrated and not layer.weight_quantizer.needs_clip
-    changed = {name for name, tensor in qmodel.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name in before if name.endswith("calibrated")}
+        expected = 3 * layer.weight.std() if normalization == "none" else torch.tensor(3.0)
+        assert layer.input_quantizer.clip == 8 and (layer.weight_quantizer.clip == expected).all()
+    assert not uncalibrated(qmodel)
+
+
+class Experts(nn.Module):
+    """Sends the rows that begin with a positive number to one layer, the others to another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        goes_left = x[:, 0] > 0
+        x = self.stem(x)
+        return torch.cat([self.left(x[goes_left]), self.right(x[~goes_left])])
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
+def test_an_expert_may_get_nothing_in_some_batches(method):
+    x = torch.randn(16, 3)
+    x[:8, 0], x[8:, 0] = x[:8, 0].abs() + 0.1, -x[8:, 0].abs()
+    clips = []
+    for data in ([x[:8], x[8:]], [x]):
+        qmodel = calibrate(quantize(Experts(), BitPolicy((Rule(),))), data, method=method)
+        assert not uncalibrated(qmodel)
+        clips.append([p.detach().clone() for name, p in qmodel.named_parameters() if name.endswith("clip")])
+    assert all(map(torch.equal, *clips))
+
+
+def test_an_expert_that_never_gets_anything_is_left_to_training():
+    qmodel = quantize(Experts(), BitPolicy((Rule(),)))
+    x = torch.randn(8, 3).abs() + 0.1
+    with pytest.warns(UserWarning, match=r"layers right: no batch of the calibration reached them") as caught:
+        calibrate(qmodel, [x, x])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert uncalibrated(qmodel) == ["right"] and not qmodel.right.weight_quantizer.has_placeholder()
+    qmodel.train()(x)
+    assert uncalibrated(qmodel) == ["right"]
+    qmodel(-x)
+    assert not uncalibrated(qmodel)
+
+
+def test_batches_without_images_are_refused():
+    with pytest.raises(ApotfxError, match="layer 0: its input during calibration is empty; pass at least one image"):
+        calibrate(quantized().eval(), [torch.empty(0, 1, 8, 8)])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["calibration", "training"])
+def test_an_input_that_was_taken_for_non_negative_and_is_not_is_refused(training):
+    qmodel = quantize(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2)), BitPolicy((Rule(),)))
+    layer, x = qmodel.get_submodule("2"), torch.randn(16, 4)
+    layer.sign_reason = "_1 (Sigmoid) is never negative"
+    layer.register_forward_pre_hook(lambda _, args: (args[0].clamp(0.5, 0.5) - 1,))
+    when = "in the first training batch" if training else "during calibration"
+    message = rf"layer 2: {when}, its input reaches -0\.5, expected at least 0 .*\(_1 \(Sigmoid\) is never negative\)"
+    with pytest.raises(ApotfxError, match=message) as error:
+        qmodel.train()(x) if training else calibrate(qmodel, [x])
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_layer_rectifies_itself_may_be_negative():
+    qmodel = quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), BitPolicy((Rule(),)))
+    assert qmodel.get_submodule("2").rectifier is not None
+    calibrate(qmodel, [torch.randn(16, 4)])
+
+
+def test_the_plan_hears_of_the_range_of_the_inputs():
+    class Plan:
+        def with_observed(self, ranges):
+            plan = Plan()
+            plan.ranges = ranges
+            return plan
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
+    qmodel = quantize(model, BitPolicy((Rule(weight_bits=32),)))
+    qmodel.meta["plan"] = Plan()
+    calibrate(qmodel, [torch.tensor([[-2.0, 0.0]]), torch.empty(0, 2), torch.tensor([[1.0, 3.0]])])
+    assert qmodel.meta["plan"].ranges == {"0": (-2, 3), "2": (0, 3)}
 
 
 def test_an_unknown_method_is_refused():
@@ -375,14 +460,14 @@ def test_a_weight_that_is_not_finite_is_refused():
 def test_a_batch_that_fails_leaves_the_model_usable():
     qmodel = quantized()
     layers = [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)]
-    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers() if "calibrated" not in name}
+    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
     with pytest.raises(
         ApotfxError, match=r"layer 8: refuses its input \[4, 100\] float32, expected \[..., 64\] \(mat1"
     ):
         calibrate(qmodel, [batches()[0], torch.randn(4, 1, 9, 9)])
     assert [(layer.weight_quantizer, layer.input_quantizer) for layer in quant_layers(qmodel)] == layers
     assert not any(layer._forward_pre_hooks for layer in quant_layers(qmodel))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers() if name in before)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers() )
     calibrate(qmodel, batches())
 
 

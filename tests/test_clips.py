@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import LEVEL_SETS, encoding, level_set_id
+from helpers import LEVEL_SETS, level_set_id
 
 from apotfx import LevelSet
 from apotfx import functional as F
@@ -20,7 +20,7 @@ DISTRIBUTIONS = {
 
 def error(x, clip, levels):
     """Mean squared error per clip of the column `clip`."""
-    return (F.fake_quantize(x.expand(len(clip), -1), clip, encoding(levels)) - x).square().mean(1)
+    return (F.fake_quantize(x.expand(len(clip), -1), clip, F.Levels(levels)) - x).square().mean(1)
 
 
 @pytest.mark.parametrize("x", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
@@ -108,7 +108,7 @@ def test_minmax_is_the_largest_magnitude_that_the_levels_can_represent(x, signed
 def test_minmax_of_levels_that_reach_it_is_exact():
     levels = LevelSet("uniform", 8)
     x = torch.arange(-127, 128) * 0.5
-    assert torch.equal(F.fake_quantize(x, minmax_clip(x, levels, PER_TENSOR), encoding(levels)), x)
+    assert torch.equal(F.fake_quantize(x, minmax_clip(x, levels, PER_TENSOR), F.Levels(levels)), x)
 
 
 @pytest.mark.parametrize(

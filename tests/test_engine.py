@@ -13,7 +13,6 @@ from helpers import (
     LEVEL_SETS,
     OPERATORS,
     closed_form,
-    encoding,
     every_operator,
     integer_operator,
     level_set_id,
@@ -80,9 +79,9 @@ def run(
             accumulator_bound(w.shape, levels_w.max, levels_x.max), max(levels_w.max, levels_x.max), x.device
         )
     return quantized_op(
-        Operand(x, clip_x if levels_x else None, None, levels_x and encoding(levels_x, rectifier, x.device)),
+        Operand(x, clip_x if levels_x else None, None, levels_x and F.Levels(levels_x, rectifier)),
         Operand(
-            w, clip_w if levels_w else None, unit if levels_w else None, levels_w and encoding(levels_w, None, w.device)
+            w, clip_w if levels_w else None, unit if levels_w else None, levels_w and F.Levels(levels_w)
         ),
         operator=operator, dtype=dtype, exact=exact, engine=engine, **options,
     )  # fmt: skip
@@ -438,7 +437,7 @@ def test_the_scale_is_applied_once_after_the_accumulators(per_channel, engine_):
     operator, shape_x, shape_w = OPERATORS["conv2d"]
     x, w, clip_x, clip_w = tensors = [t.detach() for t in operands(shape_x, shape_w, per_channel, torch.float32)]
     unit = torch.tensor(0.7)
-    n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w * unit, encoding(levels_w))
+    n_x, n_w = F.encode(x, clip_x, F.Levels(levels_x)), F.encode(w, clip_w * unit, F.Levels(levels_w))
     scale = (clip_x / levels_x.max) * (clip_w * unit / levels_w.max)
     expected = integer_operator(operator, n_x, n_w).float() * (scale.reshape(-1, 1, 1) if per_channel else scale)
     assert torch.equal(run(operator, tensors, levels_x, levels_w, engine=engine_, unit=unit), expected)
@@ -590,7 +589,7 @@ needs_bfloat16 = pytest.mark.skipif(
 def test_bfloat16_rounds_the_weight_and_the_accumulators(operator, shape_x, shape_w, engine_):
     levels = LevelSet("apot", 5, False), LevelSet("apot", 5)
     x, w, clip_x, clip_w = tensors = [t.detach() for t in operands(shape_x, shape_w, dtype=torch.float32)]
-    n_x, n_w = F.encode(x, clip_x, encoding(levels[0])), F.encode(w, clip_w, encoding(levels[1]))
+    n_x, n_w = F.encode(x, clip_x, F.Levels(levels[0])), F.encode(w, clip_w, F.Levels(levels[1]))
     scale = clip_x / levels[0].max * (clip_w / levels[1].max)
     exact = operator.forward(n_x.double(), (n_w * scale).bfloat16().double())
     for autocast in (True, False):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import LEVEL_SETS, closed_form, encoding, level_set_id, nearest_level
+from helpers import LEVEL_SETS, closed_form, level_set_id, nearest_level
 
 from apotfx import LevelSet
 from apotfx import functional as F
@@ -24,9 +24,9 @@ def test_every_representable_integer_comes_back(levels, dtype):
     ints = torch.tensor(levels.ints, dtype=dtype)
     n = torch.cat([-ints.flip(0)[:-1], ints]) if levels.signed else ints
     for clip in torch.tensor(CLIPS, dtype=dtype):
-        x = F.decode(n, clip, encoding(levels))
-        assert torch.equal(F.encode(x, clip, encoding(levels)), n)
-        assert torch.equal(F.fake_quantize(x, clip, encoding(levels)), x)
+        x = F.decode(n, clip, F.Levels(levels))
+        assert torch.equal(F.encode(x, clip, F.Levels(levels)), n)
+        assert torch.equal(F.fake_quantize(x, clip, F.Levels(levels)), x)
 
 
 @every_level_set
@@ -40,7 +40,7 @@ def test_encode_takes_the_nearest_level(levels, exponent):
         torch.arange(-2 * levels.max - 4, 2 * levels.max + 5) / 2,  # every tie, and beyond the clip
     ])  # fmt: skip
     x, clip = position * 2.0**exponent, torch.tensor(levels.max * 2.0**exponent)
-    n = F.encode(x, clip, encoding(levels))
+    n = F.encode(x, clip, F.Levels(levels))
     assert n.dtype == torch.float32
     expected = nearest_level(position.clamp(-levels.max, levels.max), levels)
     assert torch.equal(n.double(), expected)
@@ -53,7 +53,7 @@ def test_encode_is_nearest_up_to_rounding_for_any_clip(levels):
     ints = torch.tensor(levels.ints, dtype=torch.float64)
     x = torch.randn(4000)
     for clip in (torch.tensor(0.7312), torch.tensor(2.9)):
-        n = F.encode(x, clip, encoding(levels)).double()
+        n = F.encode(x, clip, F.Levels(levels)).double()
         assert torch.isin(n.abs(), ints).all()
         position = (x.double() / clip.double() * levels.max).clamp(-levels.max if levels.signed else 0, levels.max)
         smallest = (position.abs().unsqueeze(1) - ints).abs().amin(1)
@@ -68,7 +68,7 @@ def test_special_values(dtype, signed):
     x = torch.tensor([min(max(v, -limit), limit) if math.isfinite(v) else v for v in SPECIAL], dtype=dtype)
     low = -levels.max if signed else 0
     expected = torch.tensor([0, 0, 0, 0, 1, -1 if signed else 0, levels.max, low, levels.max, low, math.nan])
-    n = F.encode(x, torch.tensor(1.0), encoding(levels))
+    n = F.encode(x, torch.tensor(1.0), F.Levels(levels))
     expected[4], expected[5] = nearest_level(x[4:6].double() * levels.max, levels)
     assert n.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(n[:-1], expected[:-1].to(n.dtype)) and n[-1].isnan()
@@ -77,14 +77,14 @@ def test_special_values(dtype, signed):
 
 @every_level_set
 def test_special_values_at_the_smallest_clip(levels):
-    n = F.encode(torch.tensor([0.0, 1e-30, 1.0, 3e38, math.inf]), torch.tensor(F.MIN_CLIP), encoding(levels))
+    n = F.encode(torch.tensor([0.0, 1e-30, 1.0, 3e38, math.inf]), torch.tensor(F.MIN_CLIP), F.Levels(levels))
     assert n.tolist() == [0, 0, levels.max, levels.max, levels.max]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @signed_or_not
 def test_half_precision_is_encoded_in_float32(dtype, signed):
-    levels = encoding(LevelSet("apot", 5, signed))
+    levels = F.Levels(LevelSet("apot", 5, signed))
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     for clip in (torch.tensor(1.3), torch.tensor(1.3, dtype=dtype)):
         assert torch.equal(F.encode(x, clip, levels), F.encode(x.float(), clip.float(), levels))
@@ -92,11 +92,11 @@ def test_half_precision_is_encoded_in_float32(dtype, signed):
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 4), (2, 0)], ids=str)
 def test_nothing_is_encoded_to_nothing(shape):
-    assert F.encode(torch.empty(shape), torch.tensor(1.0), encoding(LevelSet("apot", 4))).shape == shape
+    assert F.encode(torch.empty(shape), torch.tensor(1.0), F.Levels(LevelSet("apot", 4))).shape == shape
 
 
 def test_a_scalar_is_encoded():
-    assert F.encode(torch.tensor(-1.0), torch.tensor(1.0), encoding(LevelSet("apot", 4))) == torch.tensor(-10.0)
+    assert F.encode(torch.tensor(-1.0), torch.tensor(1.0), F.Levels(LevelSet("apot", 4))) == torch.tensor(-10.0)
 
 
 @pytest.mark.parametrize("layout", [
@@ -106,7 +106,7 @@ def test_a_scalar_is_encoded():
 ], ids=["channels_last", "transposed", "sliced", "expanded", "permuted"])  # fmt: skip
 @signed_or_not
 def test_memory_layout_changes_nothing(layout, signed):
-    levels = encoding(LevelSet("apot", 4, signed))
+    levels = F.Levels(LevelSet("apot", 4, signed))
     x = layout(torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)))
     before = x.clone()
     assert torch.equal(F.encode(x, torch.tensor(1.1), levels), F.encode(x.contiguous(), torch.tensor(1.1), levels))
@@ -116,7 +116,7 @@ def test_memory_layout_changes_nothing(layout, signed):
 @signed_or_not
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_clip_per_channel(signed, memory_format):
-    levels = encoding(LevelSet("apot", 4, signed))
+    levels = F.Levels(LevelSet("apot", 4, signed))
     w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
     clip = torch.tensor([0.1, 0.5, 1, 2, 30.0]).reshape(5, 1, 1, 1)
     rows = [F.encode(row, c.reshape(()), levels) for row, c in zip(w, clip)]
@@ -134,8 +134,8 @@ with_rectifier = pytest.mark.parametrize("rectifier", RECTIFIERS.values(), ids=R
 def test_a_rectifier_comes_before_the_levels(rectifier, signed, clip):
     levels, clip = LevelSet("apot", 4, signed), torch.tensor(clip)
     x = torch.cat([torch.randn(999, generator=torch.Generator().manual_seed(0)) * 5, torch.tensor(SPECIAL)])
-    n = F.encode(x, clip, encoding(levels, rectifier))
-    assert torch.equal(n[:-1], F.encode(x.clamp(*rectifier), clip, encoding(levels))[:-1]) and n[-1].isnan()
+    n = F.encode(x, clip, F.Levels(levels, rectifier))
+    assert torch.equal(n[:-1], F.encode(x.clamp(*rectifier), clip, F.Levels(levels))[:-1]) and n[-1].isnan()
     assert n[:-1].min() == 0 and not is_minus_zero(n).any()
 
 
@@ -152,7 +152,7 @@ def check_gradient(levels, clip, rectifier=None, everywhere=False):
     """In float64 to within a few roundings."""
     torch.manual_seed(0)
     x, grad = torch.randn(6, 5, 4, 3).double() * 5, torch.randn(6, 5, 4, 3).double()
-    encoded = encoding(levels, rectifier)
+    encoded = F.Levels(levels, rectifier)
     q, dx, dclip = closed_form(x, clip, levels, everywhere, rectifier)
     n = F.encode(x, clip, encoded)
     torch.testing.assert_close(F.decode(n, clip, encoded), q, rtol=1e-14, atol=0)
@@ -184,7 +184,7 @@ def test_gradients_with_a_rectifier_are_the_closed_forms(rectifier, signed, per_
 def test_no_gradient_passes_at_the_ends_of_a_rectifier(rectifier, signed, clip):
     """As torch does it: its ReLU and Hardtanh pass nothing at 0, and Hardtanh nothing at its upper end."""
     x = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 1e-45, 1.0, 2.0, 5.9999995, 6.0, 6.0000005, 7.0, math.inf])
-    levels, clip = encoding(LevelSet("apot", 4, signed), rectifier), torch.tensor(clip)
+    levels, clip = F.Levels(LevelSet("apot", 4, signed), rectifier), torch.tensor(clip)
     n = F.encode(x, clip, levels)
     grad_x, _ = F.quantization_gradient(torch.ones_like(x), x, n, clip, levels)
     rectified = x.clone().requires_grad_()
@@ -199,9 +199,9 @@ def test_gradient_of_single_values(signed, everywhere):
     levels = LevelSet("apot", 3, True) if signed else LevelSet("apot", 2, False)
     x = torch.tensor([-9.0, -2.0, -0.3, 0.0, 0.6, 1.4, 2.0, 2.1, 50.0], dtype=torch.float64)
     clip, grad = torch.tensor(2.0, dtype=torch.float64), torch.full_like(x, 3)
-    n = F.encode(x, clip, encoding(levels))
+    n = F.encode(x, clip, F.Levels(levels))
     assert n.tolist() == ([-4, -4, -1, 0, 1, 2, 4, 4, 4] if signed else [0, 0, 0, 0, 1, 2, 4, 4, 4])
-    grad_x, grad_clip = F.quantization_gradient(grad, x, n, clip, encoding(levels), everywhere)
+    grad_x, grad_clip = F.quantization_gradient(grad, x, n, clip, F.Levels(levels), everywhere)
     passed = [0, 1, 1, 1, 1, 1, 1, 0, 0] if signed else [0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert grad_x.tolist() == [3] * 9 if everywhere else [3 * p for p in passed]
     errors = [-1, 0, -1 / 4 + 0.15, 0, 1 / 4 - 0.3, 2 / 4 - 0.7, 0, 1, 1]
@@ -214,15 +214,15 @@ def test_gradient_of_single_values(signed, everywhere):
 def test_levels_kept_in_bfloat16_do_not_change_the_gradient_of_the_clip(levels):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     clip, grad = torch.tensor(1.3), torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    n = F.encode(x, clip, encoding(levels))
-    expected = F.quantization_gradient(grad, x, n, clip, encoding(levels))
-    got = F.quantization_gradient(grad, x, n.bfloat16(), clip, encoding(levels))
+    n = F.encode(x, clip, F.Levels(levels))
+    expected = F.quantization_gradient(grad, x, n, clip, F.Levels(levels))
+    got = F.quantization_gradient(grad, x, n.bfloat16(), clip, F.Levels(levels))
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradient_of_the_clip_for_half_precision_values(dtype):
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     x = torch.tensor([60000.0, -60000.0, 0.01, -0.02, 0.03], dtype=dtype)
     clip, grad = torch.tensor(0.05), torch.ones(5)
     n = F.encode(x, clip, levels)
@@ -231,7 +231,7 @@ def test_gradient_of_the_clip_for_half_precision_values(dtype):
 
 
 def test_infinite_values_have_finite_gradients():
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     x, clip = torch.tensor([math.inf, -math.inf, 3e38, 0.0]), torch.tensor(1e-3)
     grad_x, grad_clip = F.quantization_gradient(
         torch.tensor([1.0, 2, 4, 8]), x, F.encode(x, clip, levels), clip, levels

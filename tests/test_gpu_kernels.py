@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import LEVEL_SETS, encoding, level_set_id
+from helpers import LEVEL_SETS, level_set_id
 
 from apotfx import engine
 from apotfx import functional as F
@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def make(x, clip, unit=None, levels=LEVELS, rectifier=None):
     """An operand on the device of the kernels."""
     x, clip, unit = (None if t is None else t.to(DEVICE) for t in (x, clip, unit))
-    return Operand(x, clip, unit, encoding(levels, rectifier, DEVICE))
+    return Operand(x, clip, unit, F.Levels(levels, rectifier))
 
 
 def values(*shape, dtype=torch.float32):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LEVEL_SETS, closed_form, encoding, level_set_id, needs_kernels
+from helpers import LEVEL_SETS, closed_form, level_set_id, needs_kernels
 
 from apotfx import LevelSet, kernels
 from apotfx import functional as F
@@ -90,7 +90,7 @@ def test_levels_are_those_of_functional(levels, clip):
     x = values_that_matter(levels, clip.abs())
     for unit in (None, torch.tensor(0.317)):
         values = x if unit is None else x * unit
-        operand = Operand(values, clip, unit, encoding(levels))
+        operand = Operand(values, clip, unit, F.Levels(levels))
         n = check_encode(operand)
         assert clip < 0 or n.max() == levels.max
         check_bytes(operand)
@@ -106,13 +106,13 @@ def test_levels_behind_a_rectifier_are_those_of_functional(rectifier, signed, cl
     x = torch.cat(
         [values_that_matter(levels, clip), torch.tensor([1.0, 6.0, 6.0000005, 5.9999995]), random(99, scale=6)]
     )
-    operand = Operand(x, clip, None, encoding(levels, rectifier))
+    operand = Operand(x, clip, None, F.Levels(levels, rectifier))
     n = check_encode(operand)
     check_encode(operand, torch.tensor(1.3))
     check_bytes(operand)
     if rectifier is not None:
         assert n.min() == 0
-        rectified = Operand(x.clamp(*rectifier), clip, None, encoding(levels))
+        rectified = Operand(x.clamp(*rectifier), clip, None, F.Levels(levels))
         assert torch.equal(n, kernels.encode(rectified))
 
 
@@ -120,7 +120,7 @@ def test_levels_behind_a_rectifier_are_those_of_functional(rectifier, signed, cl
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_every_size_and_number_of_rows(size, rows):
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     x = random(size) if rows is None else random(rows, size)
     clip = torch.tensor(0.9) if rows is None else torch.tensor([0.9, -1.0, 2.5])[:rows].reshape(-1, 1)
     for unit, factor in itertools.product((None, torch.tensor(1.7)), (None, torch.tensor(0.3))):
@@ -135,7 +135,7 @@ def test_every_size_and_number_of_rows(size, rows):
 def test_every_layout(layout, per_channel, signed):
     x = layout(random(6, 5, 4, 3))
     clip = torch.linspace(0.3, 2, 6).reshape(-1, 1, 1, 1) if per_channel else torch.tensor(1.1)
-    operand = Operand(x, clip, torch.tensor(0.8), encoding(LevelSet("apot", 6, signed)))
+    operand = Operand(x, clip, torch.tensor(0.8), F.Levels(LevelSet("apot", 6, signed)))
     check_encode(operand)
     check_encode(operand, torch.tensor(0.3))
     check_bytes(operand)
@@ -146,7 +146,7 @@ def test_every_layout(layout, per_channel, signed):
 @needs_kernels
 @pytest.mark.parametrize("shape", [(), (1,), (7, 1, 1, 1), (1, 7, 1, 1), (2, 3, 4, 5, 6)], ids=str)
 def test_shapes_at_the_edges(shape):
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     check_encode(Operand(random(*shape), torch.tensor(0.5), None, levels))
     if shape:
         clip = torch.linspace(0.2, 1, shape[0]).reshape(-1, *(1 for _ in shape[1:]))
@@ -160,7 +160,7 @@ def test_nan_is_reported(position, rectifier):
     x = random(40000)
     x[position] = math.nan
     for bits in (4, 8):
-        operand = Operand(x, torch.tensor(1.0), None, encoding(LevelSet("apot", bits), rectifier))
+        operand = Operand(x, torch.tensor(1.0), None, F.Levels(LevelSet("apot", bits), rectifier))
         assert kernels.encode(operand) is None and kernels.encode(operand, torch.tensor(2.0)) is None
         assert kernels.encode_bytes(operand, torch.uint8, 128) is None
 
@@ -168,7 +168,7 @@ def test_nan_is_reported(position, rectifier):
 @needs_kernels
 def test_a_clip_that_is_nan_gives_what_functional_gives():
     """Training has then diverged, which must not go unseen."""
-    x, levels = random(50), encoding(LevelSet("apot", 4))
+    x, levels = random(50), F.Levels(LevelSet("apot", 4))
     operand = Operand(x, torch.tensor(math.nan), None, levels)
     assert F.encode(x, operand.used_clip, levels).isnan().all()
     n = kernels.encode(operand)
@@ -184,7 +184,7 @@ def test_bytes_of_wide_levels_are_two():
 
 
 def test_what_kernels_accept():
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     one = torch.tensor(1.0)
 
     def accepts(x, clip=one, unit=None, levels=levels):
@@ -206,7 +206,7 @@ def test_what_kernels_accept():
 
 @needs_kernels
 def test_scratch_is_used_again_and_fresh_memory_is_not():
-    levels = encoding(LevelSet("apot", 4))
+    levels = F.Levels(LevelSet("apot", 4))
     a, b = (Operand(random(5, 4, seed=seed), torch.tensor(1.0), None, levels) for seed in (0, 1))
     first, second = kernels.encode(a), kernels.encode(b)
     assert first.data_ptr() != second.data_ptr()
@@ -246,8 +246,8 @@ def test_gradients_are_the_closed_forms(levels):
     x = random(3, 500)
     for clip in (torch.tensor(0.8), torch.tensor([[0.5], [1.5], [1e-3]])):
         for everywhere in (False, True):
-            check_gradient(Operand(x, clip, None, encoding(levels)), None, everywhere)
-        check_gradient(Operand(x, clip, torch.tensor(1.3), encoding(levels)), torch.tensor(0.4))
+            check_gradient(Operand(x, clip, None, F.Levels(levels)), None, everywhere)
+        check_gradient(Operand(x, clip, torch.tensor(1.3), F.Levels(levels)), torch.tensor(0.4))
 
 
 @needs_kernels
@@ -256,7 +256,7 @@ def test_gradients_are_the_closed_forms(levels):
 @pytest.mark.parametrize("clip", [0.5, 6.0, 7.0])
 def test_gradients_behind_a_rectifier(rectifier, signed, clip):
     x = torch.cat([random(999, scale=5), torch.tensor([0.0, -0.0, 1e-45, 1.0, 6.0, 6.0000005, 5.9999995, 0.5, 7.5])])
-    operand = Operand(x, torch.tensor(clip), None, encoding(LevelSet("apot", 4, signed), rectifier))
+    operand = Operand(x, torch.tensor(clip), None, F.Levels(LevelSet("apot", 4, signed), rectifier))
     grad_x, _ = check_gradient(operand)
     check_gradient(operand, torch.tensor(0.4), everywhere=True)
     if rectifier is not None:
@@ -271,7 +271,7 @@ def test_gradients_behind_a_rectifier(rectifier, signed, clip):
 def test_gradients_of_every_size(size, rows):
     x = random(size) if rows is None else random(rows, size)
     clip = torch.tensor(0.9) if rows is None else torch.tensor([[0.9], [-1.0], [2.5]])
-    check_gradient(Operand(x, clip, torch.tensor(0.7), encoding(LevelSet("apot", 4))), torch.tensor(1.9))
+    check_gradient(Operand(x, clip, torch.tensor(0.7), F.Levels(LevelSet("apot", 4))), torch.tensor(1.9))
 
 
 @needs_kernels
@@ -281,7 +281,7 @@ def test_gradients_of_every_size(size, rows):
 def test_gradients_in_every_layout(layout, layout_of_grad, per_channel):
     x, grad = layout(random(6, 5, 4, 3)), LAYOUTS[layout_of_grad](random(6, 5, 4, 3, seed=1))
     clip = torch.linspace(0.3, 2, 6).reshape(-1, 1, 1, 1) if per_channel else torch.tensor(1.1)
-    operand = Operand(x, clip, None, encoding(LevelSet("apot", 4, False), (0.0, math.inf)))
+    operand = Operand(x, clip, None, F.Levels(LevelSet("apot", 4, False), (0.0, math.inf)))
     n = F.encode(x, clip, operand.levels)
     expected_x, expected_clip = F.quantization_gradient(grad, x, n, clip, operand.levels)
     grad_x, grad_clip = kernels.gradient(grad.clone(memory_format=torch.preserve_format), operand, None, False)
@@ -292,7 +292,7 @@ def test_gradients_in_every_layout(layout, layout_of_grad, per_channel):
 @needs_kernels
 def test_infinite_values_have_finite_gradients():
     x = torch.tensor([math.inf, -math.inf, 3e38, 0.0])
-    operand = Operand(x, torch.tensor(1e-3), None, encoding(LevelSet("apot", 4)))
+    operand = Operand(x, torch.tensor(1e-3), None, F.Levels(LevelSet("apot", 4)))
     grad_x, grad_clip = kernels.gradient(torch.tensor([1.0, 2, 4, 8]), operand, None, False)
     assert grad_x.tolist() == [0, 0, 0, 8] and grad_clip == 1 - 2 + 4
 
@@ -302,7 +302,7 @@ def test_infinite_values_have_finite_gradients():
 def test_nan_shows_in_the_gradient_of_the_clip(what):
     x, grad = random(5000), random(5000, seed=1)
     (x if what == "value" else grad)[4500] = math.nan
-    operand = Operand(x, torch.tensor(1.0), None, encoding(LevelSet("apot", 4)))
+    operand = Operand(x, torch.tensor(1.0), None, F.Levels(LevelSet("apot", 4)))
     n = F.encode(x, operand.used_clip, operand.levels)
     expected = F.quantization_gradient(grad, x, n, operand.used_clip, operand.levels)
     assert expected[1].isnan() and kernels.gradient(grad.clone(), operand, None, False)[1].isnan()
@@ -312,7 +312,7 @@ def test_nan_shows_in_the_gradient_of_the_clip(what):
 def test_the_gradient_of_large_sums_keeps_its_precision():
     """A million terms of the same sign, where a float32 sum one after another would lose 4 digits."""
     x, grad = torch.full((2**20,), 2.0), torch.full((2**20,), 0.1)
-    operand = Operand(x, torch.tensor(1.0), None, encoding(LevelSet("apot", 4)))
+    operand = Operand(x, torch.tensor(1.0), None, F.Levels(LevelSet("apot", 4)))
     _, grad_clip = kernels.gradient(grad, operand, None, False)
     assert grad_clip.item() == pytest.approx(2**20 * torch.tensor(0.1).item(), rel=1e-5)
 
@@ -320,7 +320,7 @@ def test_the_gradient_of_large_sums_keeps_its_precision():
 @needs_kernels
 @pytest.mark.parametrize("size", [4097, 40000])
 def test_the_number_of_threads_changes_no_bit(size, num_threads):
-    levels, results = encoding(LevelSet("apot", 4)), []
+    levels, results = F.Levels(LevelSet("apot", 4)), []
     for threads in (1, 2):
         num_threads(threads)
         got = []
@@ -374,7 +374,7 @@ def compiled_files(folder):
 
 
 def check_works():
-    operand = Operand(random(50), torch.tensor(0.8), None, encoding(LevelSet("apot", 4)))
+    operand = Operand(random(50), torch.tensor(0.8), None, F.Levels(LevelSet("apot", 4)))
     check_encode(operand)
 
 
@@ -461,8 +461,8 @@ def test_the_library_is_compiled_once(fresh, monkeypatch, tmp_path, cached):
     shutil.copytree(cached, tmp_path / "cache")
     (file,) = compiled_files(tmp_path / "cache")
     before = file.stat().st_mtime_ns
-    run, calls = subprocess.run, []
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: calls.append(args) or run(*args, **kwargs))
+    popen, calls = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: calls.append(args) or popen(*args, **kwargs))
     kernels.library()
     assert not calls and compiled_files(tmp_path / "cache") == [file] and file.stat().st_mtime_ns == before
     check_works()
@@ -488,7 +488,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_it(fresh, monkeypatch, tmp
 
 @needs_kernels
 def test_a_cache_without_permission_does_not_stop_it(fresh, monkeypatch, tmp_path):
-    def refuse(path, data):
+    def refuse(path, data, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(kernels, "write_atomic", refuse)
@@ -502,9 +502,83 @@ def test_a_cache_without_permission_does_not_stop_it(fresh, monkeypatch, tmp_pat
 def test_without_a_home_directory_it_compiles_anew(fresh, monkeypatch):
     for variable in ("APOTFX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: "/proc/nothing")
+    for home in ("/proc/nothing", "", "relative"):
+        monkeypatch.setenv("HOME", home)
+        assert kernels._cache_directory() is None
     kernels.library()
     check_works()
+    assert not os.path.exists("relative")
+
+
+@needs_kernels
+@pytest.mark.parametrize("variable", ["APOTFX_CACHE", "XDG_CACHE_HOME"])
+def test_a_relative_cache_is_none(variable, fresh, monkeypatch, tmp_path, cached):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("APOTFX_CACHE")
+    monkeypatch.setenv(variable, "cache")
+    shutil.copytree(cached, tmp_path / "cache")
+    monkeypatch.setattr(kernels, "_load", lambda path: path)
+    assert kernels.library().parent.parent != tmp_path / "cache"
+
+
+def open_to_others(place, how):
+    if how == "another user's":
+        os.chown(place, 12345, 12345, follow_symlinks=False)
+    else:
+        place.chmod(place.stat().st_mode | {"writable by a group": 0o020, "writable by all": 0o002}[how])
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["writable by a group", "writable by all", "another user's"])
+@pytest.mark.parametrize("what", ["file", "directory", "above"])
+def test_nothing_is_loaded_from_where_others_can_write(what, how, fresh, monkeypatch, tmp_path, cached, caplog):
+    if how == "another user's" and os.geteuid():
+        pytest.skip("only root can give files away")
+    shutil.copytree(cached, tmp_path / "cache")
+    (file,) = compiled_files(tmp_path / "cache")
+    open_to_others({"file": file, "directory": file.parent, "above": tmp_path / "cache"}[what], how)
+    loaded, load = [], kernels._load
+    monkeypatch.setattr(kernels, "_load", lambda path: loaded.append(path) or load(path))
+    kernels.library()
+    assert loaded and file not in loaded
+    assert (f"others can write in {file.parent} or above it" in caplog.text) == (what != "file")
+
+
+@needs_kernels
+def test_a_link_is_not_followed(fresh, monkeypatch, tmp_path, cached):
+    shutil.copytree(cached, tmp_path / "cache")
+    (file,) = compiled_files(tmp_path / "cache")
+    file.rename(tmp_path / "elsewhere.so")
+    file.symlink_to(tmp_path / "elsewhere.so")
+    loaded = []
+    monkeypatch.setattr(kernels, "_load", loaded.append)
+    kernels.library()
+    assert file not in loaded and not file.is_symlink()  # written anew
+
+
+@needs_kernels
+def test_the_cache_is_for_this_user_alone(fresh, tmp_path):
+    before = os.umask(0)
+    try:
+        kernels.library()
+    finally:
+        os.umask(before)
+    (file,) = compiled_files(tmp_path / "cache")
+    assert [place.stat().st_mode & 0o777 for place in (file, file.parent, tmp_path / "cache")] == [0o600, 0o700, 0o700]
+
+
+def test_a_compiler_that_hangs_is_asked_once_and_ended(fresh, monkeypatch, tmp_path):
+    script = tmp_path / "cc"
+    script.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(kernels, "SECONDS", 1)
+    with pytest.raises(kernels.Unavailable, match=rf"the C compiler {script} did not end in 1 seconds"):
+        fresh()
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    if Path("/proc/self/stat").exists():
+        assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
 
 
 @needs_kernels

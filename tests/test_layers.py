@@ -1,9 +1,11 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import encoding, level_set_id, nearest_level, weight_in_clip_units
+from helpers import level_set_id, nearest_level, weight_in_clip_units
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from apotfx import ApotfxError, LevelSet
 from apotfx import functional as F
@@ -239,8 +241,7 @@ def test_from_float_leaves_the_layer_as_it_is():
 
 def test_from_float_adds_to_the_state_dict():
     assert sorted(quantized(nn.Linear(2, 2)).state_dict()) == [
-        "bias", "input_quantizer.calibrated", "input_quantizer.clip", "weight", "weight_quantizer.calibrated",
-        "weight_quantizer.clip",
+        "bias", "input_quantizer.clip", "weight", "weight_quantizer.clip",
     ]  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def test_the_input_may_be_passed_by_name():
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_dtype_of_the_layer_is_kept(dtype, normalization, per_channel, training):
     layer = nn.Conv2d(3, 4, 3).to(dtype).train(training)
-    x = random(2, 3, 5, 5).to(dtype).requires_grad_()
+    x = random(2, 3, 5, 5).abs().to(dtype).requires_grad_()
     quant = quantized(layer, normalization=normalization, per_channel=per_channel)
     y = quant(x)
     y.sum().backward()
@@ -282,23 +283,127 @@ def test_the_dtype_of_the_layer_is_kept(dtype, normalization, per_channel, train
 
 
 def test_the_first_training_batch_sets_the_clips_once():
-    layer, x = nn.Conv2d(3, 4, 3), random(2, 3, 6, 6)
+    layer, x = nn.Conv2d(3, 4, 3), random(2, 3, 6, 6).abs()
     quant = quantized(layer, per_channel=True)
     quant.eval()(x)
-    assert not quant.input_quantizer.calibrated and quant.input_quantizer.clip == 8
+    assert quant.input_quantizer.needs_data() and quant.weight_quantizer.needs_data()
     quant.train()(x)
     weight = weight_in_clip_units(quant)
     assert torch.equal(quant.input_quantizer.clip.detach(), fit_clip(x, LEVELS_X, torch.Size([])))
     assert torch.equal(quant.weight_quantizer.clip.detach(), fit_clip(weight, LEVELS_W, torch.Size([4, 1, 1, 1])))
-    assert quant.input_quantizer.calibrated and quant.weight_quantizer.calibrated
+    assert not quant.input_quantizer.needs_data() and not quant.weight_quantizer.needs_data()
     clips = [p.clone() for p in (quant.input_quantizer.clip, quant.weight_quantizer.clip)]
     quant(100 * x)
     assert torch.equal(quant.input_quantizer.clip, clips[0]) and torch.equal(quant.weight_quantizer.clip, clips[1])
 
 
+def looked_at(quant, x, how):
+    with {"no-grad": torch.no_grad, "inference": torch.inference_mode, "evaluation": nullcontext}[how]():
+        quant.train(how != "evaluation")(x)
+
+
+@pytest.mark.parametrize("how", ["no-grad", "inference", "evaluation"])
+def test_only_a_training_step_with_gradients_sets_clips(how):
+    quant, x = quantized(nn.Linear(5, 4), per_channel=True), random(3, 5).abs()
+    looked_at(quant, x, how)
+    assert quant.input_quantizer.has_placeholder() and quant.weight_quantizer.has_placeholder()
+    quant.train()(x)
+    clips = [quantizer.clip.clone() for quantizer in (quant.input_quantizer, quant.weight_quantizer)]
+    looked_at(quant, 5 * x, how)
+    assert torch.equal(quant.input_quantizer.clip, clips[0]) and torch.equal(quant.weight_quantizer.clip, clips[1])
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(2, 5), torch.empty(0, 5)], ids=["zeros", "empty"])
+def test_a_batch_of_nothing_sets_no_clip(nothing):
+    """Nor do optimizers move the placeholder, by decay; and what was computed before the clips are set has gradients."""
+    quant, x = quantized(nn.Linear(5, 4)), random(3, 5).abs()
+    optimizer = torch.optim.AdamW(quant.parameters(), lr=0.1, weight_decay=0.5)
+    quant(nothing).sum().backward()
+    optimizer.step()
+    assert quant.input_quantizer.has_placeholder() and quant.weight_quantizer.has_placeholder()
+    (quant(nothing).sum() + quant(x).sum()).backward()
+    assert not quant.input_quantizer.needs_data() and not quant.weight_quantizer.needs_data()
+    assert quant.input_quantizer.clip.grad is not None
+
+
+@pytest.mark.parametrize("x", [-random(3, 5).abs(), random(3, 5)], ids=["nothing-left", "something-left"])
+def test_clips_come_from_what_a_rectifier_leaves(x):
+    quant = quantized(nn.Linear(5, 4))
+    quant.rectifier = (0.0, torch.inf)
+    quant(x)
+    assert quant.input_quantizer.needs_data() is not bool((x > 0).any())
+    if (x > 0).any():
+        assert quant.input_quantizer.clip == fit_clip(x.relu(), LEVELS_X, torch.Size([]))
+
+
+def test_weights_of_zero_wait_for_others():
+    """As the last layer of a branch that begins as the identity."""
+    layer = nn.Linear(5, 4)
+    nn.init.zeros_(layer.weight)
+    quant, x = quantized(layer), random(3, 5).abs()
+    optimizer = torch.optim.SGD(quant.parameters(), lr=0.1)
+    quant(x).sum().backward()
+    assert quant.weight_quantizer.needs_data() and not quant.input_quantizer.needs_data()
+    optimizer.step()
+    quant(x)
+    assert not quant.weight_quantizer.needs_data()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(quantized(nn.Linear(6, 6)) for _ in range(3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            return self.middle(x)
+        return checkpoint(self.middle, x, use_reentrant=self.use_reentrant)
+
+    def middle(self, x):
+        for layer in (*self.layers, self.layers[0]):
+            x = layer(x).relu()
+        return x
+
+
+def gradients_of(net, x):
+    y = net(x)
+    y.square().sum().backward()
+    return y.detach(), {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+def test_activation_checkpointing_before_the_clips_are_set():
+    (y, expected), (got_y, got) = (gradients_of(Checkpointed(how), random(4, 6).abs()) for how in (None, False))
+    assert torch.equal(got_y, y) and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_activation_checkpointing_that_hides_the_first_batch_is_refused():
+    net, x = Checkpointed(True), random(4, 6).abs().requires_grad_()
+    message = "first training batch: .* is only seen without gradients .*calibrate the network first, or .*use_reentrant=False"
+    with pytest.raises(ApotfxError, match=message):
+        gradients_of(net, x)
+    for layer in net.layers:
+        fitted(layer, x)
+    plain = copy.deepcopy(net)
+    plain.use_reentrant = None
+    (y, expected), (got_y, got) = gradients_of(plain, x), gradients_of(net, x)
+    assert torch.equal(got_y, y) and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_selective_checkpointing_sets_clips():
+    def saves(*_, **__):
+        return CheckpointPolicy.MUST_SAVE
+
+    plain, net, x = Checkpointed(None), Checkpointed(None), random(4, 6).abs()
+    y = checkpoint(net, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(saves))
+    assert not any(layer.input_quantizer.needs_data() for layer in net.layers)
+    torch.testing.assert_close(y, plain(x))
+
+
 @pytest.mark.parametrize("again", ["load", "copy"])
 def test_that_the_clips_are_set_is_remembered(again):
-    x = random(3, 5)
+    x = random(3, 5).abs()
     quant = quantized(nn.Linear(5, 4))
     quant(x)
     if again == "copy":
@@ -398,7 +503,7 @@ def test_evaluation_under_autocast_is_exact():
 def test_encode_of_a_layer_is_the_one_of_functional():
     x = random(3, 5)
     quant = fitted(quantized(nn.Linear(5, 4)), x)
-    expected = F.encode(x, quant.input_quantizer.clip.detach(), encoding(LEVELS_X))
+    expected = F.encode(x, quant.input_quantizer.clip.detach(), F.Levels(LEVELS_X))
     assert torch.equal(quant.input_quantizer.encode(x), expected)
 
 
@@ -469,7 +574,7 @@ def test_an_input_of_integers_is_refused_by_name():
 
 @pytest.mark.parametrize("which", ["input", "weight"])
 def test_a_first_batch_that_is_not_finite_names_the_layer(which):
-    quant, x = quantized(nn.Linear(5, 4)), random(3, 5)
+    quant, x = quantized(nn.Linear(5, 4)), random(3, 5).abs()
     quant.name = "head"
     with torch.no_grad():
         (x if which == "input" else quant.weight)[0, 0] = torch.nan

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from helpers import LEVEL_SETS, encoding, level_set_id, needs_bytes, needs_kernels
+from helpers import LEVEL_SETS, level_set_id, needs_bytes, needs_kernels
 from torch import fx, nn
 from torch.nn.functional import relu
 
@@ -484,7 +484,7 @@ def test_bytes_are_those_of_encode(levels, rectifier):
     boundaries = torch.arange(-2 * levels.max - 2, 2 * levels.max + 3) * (clip / (2 * levels.max))
     above, below = (boundaries.nextafter(torch.tensor(sign * torch.inf)) for sign in (1, -1))
     x = torch.cat([boundaries, above, below, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45]), batch(3000)])
-    encoder = Encoder(clip, encoding(levels, rectifier), 128 if levels.signed else 0)
+    encoder = Encoder(clip, F.Levels(levels, rectifier), 128 if levels.signed else 0)
     (codes,) = kernels.pointwise([Term()], -torch.inf, torch.inf, [encoder], keep_float=False)(x)
     assert codes.dtype == torch.uint8
     assert torch.equal(codes.float() - encoder.zero_point, F.encode(x, clip, encoder.levels))
@@ -509,7 +509,7 @@ def test_terms_are_added_up_as_torch_does(first, second, channels):
     for x, (bias, multiplier, offset) in zip(inputs, terms):
         x = x if bias is None else x + bias
         expected = expected + (x if multiplier is None else x * multiplier + offset)
-    levels = encoding(LevelSet("apot", 4, False))
+    levels = F.Levels(LevelSet("apot", 4, False))
     encoders = [Encoder(torch.tensor(1.5), levels, 0), Encoder(torch.tensor(0.4), levels, 0)]
     for low, high in ((-torch.inf, torch.inf), (0.0, 1.0)):
         clamped = expected.clamp(low, high)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import (
     OPERATORS,
-    encoding,
     every_operator,
     integer_operator,
     needs_bytes,
@@ -249,8 +248,8 @@ def test_the_largest_accumulators_are_exact(num_inputs):
     x, w = torch.full((3, num_inputs), 255.0), torch.full((2, num_inputs), 127.0)
     w[1] = -127
     dtype = exact_dtype(accumulator_bound(w.shape, 127, 255), 255, CPU)
-    n_x = F.encode(x, torch.tensor(255.0), encoding(levels_x))
-    n_w = F.encode(w, torch.tensor(127.0), encoding(levels_w))
+    n_x = F.encode(x, torch.tensor(255.0), F.Levels(levels_x))
+    n_w = F.encode(w, torch.tensor(127.0), F.Levels(levels_w))
     n = MatrixProduct().forward(n_x.to(dtype), n_w.to(dtype))
     assert n.tolist() == [[num_inputs * 127 * 255, -num_inputs * 127 * 255]] * 3
 
@@ -260,7 +259,7 @@ def test_the_largest_accumulators_are_exact(num_inputs):
 def test_the_scale_is_applied_once_after_the_accumulators(operator, shape_x, shape_w, per_channel):
     levels_x, levels_w = LevelSet("apot", 4, False), LevelSet("apot", 4)
     x, w, clip_x, clip_w = (t.detach() for t in operands(shape_x, shape_w, per_channel, torch.float32))
-    n_x, n_w = F.encode(x, clip_x, encoding(levels_x)), F.encode(w, clip_w, encoding(levels_w))
+    n_x, n_w = F.encode(x, clip_x, F.Levels(levels_x)), F.encode(w, clip_w, F.Levels(levels_w))
     scale = output_shaped(clip_x / levels_x.max * (clip_w / levels_w.max), operator)
     expected = (clip_x / levels_x.max) * (clip_w / levels_w.max)
     expected = integer_operator(operator, n_x, n_w).float() * (

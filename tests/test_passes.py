@@ -137,8 +137,7 @@ def test_names_and_values_are_kept():
     assert got.keys() - added == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in expected)
     quantized = ("stem.0", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "up", "fc")
-    assert added == {f"{name}.{which}_quantizer.{key}" for name in quantized for which in ("weight", "input")
-                     for key in ("clip", "calibrated")}  # fmt: skip
+    assert added == {f"{name}.{which}_quantizer.clip" for name in quantized for which in ("weight", "input")}
 
 
 def test_plan_is_what_quantize_does():

@@ -152,10 +152,10 @@ def test_parts_change_their_mode(kind):
     qmodel.up.eval()
     assert not qmodel.up.weight_quantizer.training and qmodel.conv.weight_quantizer.training
     qmodel(images())
-    assert qmodel.up.input_quantizer.needs_clip and not qmodel.conv.input_quantizer.needs_clip
+    assert qmodel.up.input_quantizer.needs_data() and not qmodel.conv.input_quantizer.needs_data()
     qmodel.up.train()
     qmodel(images())
-    assert not qmodel.up.input_quantizer.needs_clip
+    assert not qmodel.up.input_quantizer.needs_data()
 
 
 @every_whole

@@ -65,7 +65,9 @@ def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
     written = [*_nodes(node.kwargs.get("out"))]
     name = torch_name(node)
     if node.op == "call_module":
-        works_in_place = getattr(modules[node.target], "inplace", False) not in (False, None)
+        module = modules[node.target]
+        deaf = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))  # do not pass their argument on
+        works_in_place = not deaf and getattr(module, "inplace", False) not in (False, None)
         written += _first_argument(node) if works_in_place else []
     elif node.op in ("call_function", "call_method"):
         if _is_in_place(node, name):

@@ -1,14 +1,15 @@
 """Trace, plan and swap."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from apotfx import reproducible
-from apotfx.graph.facts import analyze, rectified_range, torch_name
+from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
 from apotfx.attention import split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
@@ -20,6 +21,7 @@ from apotfx.graph.tracing import bind
 from apotfx.modules import attribute, has_hooks, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
+from apotfx.state import synchronize_clips
 from apotfx.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -126,6 +128,7 @@ def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared,
     _require_float(model)
     prepared = Prepared(model, **settings)
     layers = analyze(prepared.model, graph_of(prepared.model), prepared.leaves)
+    layers = _alike_where_shared(layers, prepared.model)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
         raise ApotfxError(
@@ -136,6 +139,28 @@ def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared,
         if planned.quantized and planned.rule.max_accumulator_bits is not None:
             _require_accumulator(planned, prepared.weight(planned.facts.name).shape)
     return prepared, resolved
+
+
+def _alike_where_shared(layers: list[LayerFacts], model: nn.Module) -> list[LayerFacts]:
+    """Layers that share their weight stand where any of them does, so that rules by position give all the same."""
+    modules, groups = dict(model.named_modules()), defaultdict(list)
+    for facts in layers:
+        if facts.obstacle is None:
+            weight = modules[facts.name].weight
+            groups[weight if isinstance(weight, nn.Parameter) else facts.name].append(facts)
+    merged = {}
+    for group in (group for group in groups.values() if len(group) > 1):
+        names = ", ".join(facts.name for facts in group)
+        first, last, normed = (
+            any(facts.is_first for facts in group), any(facts.is_last for facts in group),
+            all(facts.feeds_batch_norm for facts in group),
+        )  # fmt: skip
+        for facts in group:
+            reason = f"{facts.position_reason}; the weight is that of {names}"
+            merged[facts.name] = replace(
+                facts, is_first=first, is_last=last, feeds_batch_norm=normed, position_reason=reason
+            )
+    return [merged.get(facts.name, facts) for facts in layers]
 
 
 def _require_float(model: nn.Module) -> None:
@@ -222,6 +247,7 @@ def quantize(
     layers = _quantized_layers(prepared, resolved)
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
+    synchronize_clips(qmodel)
     record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, concrete_args=dict(concrete_args or {}))
     return qmodel
 
@@ -229,6 +255,17 @@ def quantize(
 def plan_of(qmodel: nn.Module) -> Plan | None:
     """The resolved plan of what `quantize` returned; None for any other module."""
     return record_of(qmodel).get("plan")
+
+
+def leave_in_float(qmodel: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Take the quantizers of some layers out again, in place, and say so in the plan.
+
+    Args:
+        reasons: why, by name of the layer.
+    """
+    replace_modules(qmodel, {qmodel.get_submodule(name): qmodel.get_submodule(name).to_float() for name in reasons})
+    record = record_of(qmodel)
+    record["plan"] = record["plan"].left_in_float(reasons)
 
 
 def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLayer]:
@@ -265,7 +302,7 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
         layers[name] = QUANT_LAYERS[float_type_of(layer)].from_float(
             layer, weight_quantizer, input_quantizer, planned.rule.clip_grad_factor
         )
-        layers[name].name = name
+        layers[name].name, layers[name].sign_reason = name, planned.facts.sign_reason
     return layers
 
 

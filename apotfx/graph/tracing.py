@@ -120,7 +120,7 @@ def trace_graph(
             if not again:
                 again = refused(here.graph, modules, here.constants)
             if "" in again:
-                return Traced(None, again, {})
+                return Traced(None, {"": again[""]}, {})
             if not again:
                 added = {name: module for name, module in modules.items() if name not in here.modules}
                 return Traced(here.graph, here.leaves, here.constants | added)
@@ -302,9 +302,11 @@ class _Tracer(fx.Tracer):
                 args += [stand_in(f"{name}_{i}") for i, _ in enumerate(positional[len(names) :])]
             elif p.kind == p.VAR_KEYWORD:
                 for key in sorted(given.keys() - known.keys()):
-                    plain = isinstance(given[key], PLAIN)
-                    kwargs[key] = given[key] if plain else stand_in(key)
-                    guards += [(stand_in(key, given[key]), given[key], key)] * plain
+                    if isinstance(given[key], PLAIN):
+                        kwargs[key] = given[key]
+                        guards.append((stand_in(key, given[key]), given[key], key))
+                    else:
+                        kwargs[key] = stand_in(key)
             elif name in given and not isinstance(given[name], PLAIN) or name not in given and p.default is p.empty:
                 if self._inputs is not None and name not in given:
                     raise ApotfxError(f"example_inputs: the model's input {name} is missing; pass an example for it")
@@ -489,6 +491,8 @@ class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
 
     def __getattr__(self, name: str) -> fx.Proxy:
+        if name in ("grad", "grad_fn", "name", "_base"):
+            raise Untraceable(f"its forward asks for {name} of a tensor, which is not known while tracing")
         if name.startswith("__") or self.tracer.type_of(self.node) is Tensor and not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return _Attribute(self, name)
@@ -507,6 +511,9 @@ class _Value(fx.Proxy):
                 raise Untraceable(f"its forward sets items of {self.node.name}, which is no tensor")
             return getattr(operator, _IN_PLACE[function])(self, *operands)
         return self.tracer.create_proxy("call_function", function, (self, *operands), {})
+
+    def __repr__(self) -> str:
+        raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
 
     def __len__(self) -> int:
         return self.tracer.ask(self, "len")
@@ -604,8 +611,11 @@ def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
                 methods[name] = module.forward
             else:
                 methods.pop(name, None)
-            if not (name.startswith("__") and name.endswith("__")) and (copied := rebound(value, memo)):
-                methods[name] = copied.__get__(module)
+            if not (name.startswith("__") and name.endswith("__")) and (
+                copied := rebound(getattr(value, "__func__", value), memo)
+            ):
+                bound = type(value)(copied) if isinstance(value, (staticmethod, classmethod)) else copied
+                methods[name] = bound.__get__(module, type(module))
     for name, value in vars(module).items():
         if copied := rebound(getattr(value, "__func__", value), memo):
             methods[name] = copied.__get__(value.__self__) if hasattr(value, "__self__") else copied

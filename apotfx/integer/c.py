@@ -143,7 +143,10 @@ class _Program:
         self._pool(step, text, step["kernel"], step["stride"], step["padding"], (1, 1))
 
     def _global_average(self, step: Operation) -> None:
-        kernel = self.shapes[step.inputs[0]][1:]
+        shape = self.shapes[step.inputs[0]]
+        if {d % (len(shape) + 1) for d in step["dims"]} != {2, 3}:
+            raise refuse(step, "C")
+        kernel = shape[1:]
         self._pool(step, "average_pool(&{}, 1, {{0}}, {{y}})", kernel, (1, 1), (0, 0), (1, 1))
 
     def _pool(self, step: Operation, text: str, *geometry: tuple[int, ...]) -> None:

@@ -56,8 +56,6 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", bias)
         input_scale = weight_scale.new_ones(()) if input_levels is None else input_clip / input_levels.max
         self.register_buffer("scale", output_shaped(input_scale * weight_scale, geometry.operator), persistent=False)
-        table = None if input_levels is None else F.Levels.of(input_levels).table
-        self.register_buffer("table", table, persistent=False)
         self.accumulator_range = self._accumulator_range() if self.is_integer else None
 
     def stand_in_for(self, layer: nn.Module, weight: Tensor | None) -> None:
@@ -81,7 +79,7 @@ class IntegerLayer(nn.Module):
     @property
     def encoding(self) -> F.Levels:
         """How the input is encoded."""
-        return F.Levels(self.table, self.input_levels, self.rectifier if self.rectifies else None)
+        return F.Levels(self.input_levels, self.rectifier if self.rectifies else None)
 
     def _accumulator_range(self) -> tuple[int, int]:
         """The smallest and the largest value that any input can bring an accumulator to, partial sums included."""

@@ -32,7 +32,7 @@ class Operation:
             the policy left in float, likewise); "affine" (an
             Affine); "clamp" (to `low`, `high`, which may be infinite); "add" (two tensors); "max_pool" and
             "average_pool" (`kernel`, `stride`, `padding` and, for a maximum, `dilation`, one number per dimension;
-            `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, with or without `keepdim`);
+            `ceil_mode`; `count_include_pad`); "global_average" (over `dims`, which count from the end where negative, with or without `keepdim`);
             "adaptive_average" (to `output`, one size per dimension, None to keep it); "flatten" (from dimension 1 on);
             "concatenate" (along `dim`, no tensor twice); "constant" (a number or flag, which no operation lists among
             its inputs); "identity"; "other".
@@ -207,9 +207,7 @@ def _average(node: fx.Node, average: nn.Module) -> tuple[str, dict]:
         keepdim = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
         dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
         if dims and all(isinstance(d, int) for d in dims):
-            rank4 = tuple(sorted(d % 4 for d in dims))
-            if rank4 == (2, 3):
-                return "global_average", {"dims": rank4, "keepdim": keepdim}
+            return "global_average", {"dims": dims, "keepdim": keepdim}
     return "other", {}
 
 

@@ -1,21 +1,23 @@
 """Whether an exported network is the one that was trained: its files first, then both networks, layer by layer."""
 
-import json
+import inspect
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, inspect_integer, read_integer
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.load import BACKENDS, assemble
-from apotfx.integer.manifest import MANIFEST, MAX_BYTES, read_file
+from apotfx.integer.manifest import MANIFEST, MAX_BYTES, parse_json, read_file
 from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, what_onednn_lacks
+from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
 from apotfx.operators import accumulator_bits, accumulator_bound
 
@@ -176,9 +178,12 @@ class Verification:
 def verify(
     path: str | os.PathLike,
     float_model: nn.Module,
-    batches: Iterable[Tensor],
-    qmodel: fx.GraphModule | None = None,
+    batches: Iterable[Tensor | Sequence | Mapping[str, object]],
+    qmodel: nn.Module | None = None,
     backend: str = ONEDNN,
+    *,
+    concrete_args: dict[str, object] | None = None,
+    example_inputs: Tensor | Sequence | Mapping[str, object] | None = None,
 ) -> Verification:
     """Compare an export on disk with the network that it was made of, or, without that, its backends with each other.
 
@@ -187,9 +192,11 @@ def verify(
     Args:
         path: a directory that `export_integer` wrote.
         float_model: the float model that was quantized; stays untouched.
-        batches: images for the network, float32 on the CPU, the first dimension counting them; they run batch by batch.
+        batches: inputs of the network on the CPU, the first dimension counting images; they run batch by batch. Each is a
+            tensor, a sequence of positional arguments or a dict of keyword arguments.
         qmodel: the quantized network in evaluation mode, on the CPU.
         backend: "onednn" to compare it too where it runs; "reference" to leave it out.
+        concrete_args, example_inputs: what `quantize` was given.
 
     Raises:
         ApotfxError: files that cannot be read or make no network, and it does not help to compare them with `qmodel`'s;
@@ -201,8 +208,8 @@ def verify(
         raise ApotfxError("verify: the quantized network is in training mode; call qmodel.eval()")
     path, tensors, problems, refusal = Path(path), {}, [], None
     try:
-        manifest, tensors, problems = inspect_integer(path)
-        reference = assemble(manifest, tensors, float_model, path)
+        manifest, tensors, problems = inspect_integer(path, float_model)
+        reference = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
     except ApotfxError as error:
         refusal = error
     alterations = [] if qmodel is None else find_alterations(path, tensors, qmodel)
@@ -245,8 +252,8 @@ def find_alterations(path: Path, tensors: dict[str, Tensor], qmodel: fx.GraphMod
     names = [*expected, *(name for name in tensors if name not in expected)] if tensors else []
     found = [_altered(name, tensors.get(name), expected.get(name)) for name in names]
     try:
-        manifest = json.loads(read_file(path / MANIFEST, MAX_BYTES))
-    except (ApotfxError, ValueError, RecursionError):
+        manifest = parse_json(read_file(path / MANIFEST, MAX_BYTES))
+    except ValueError:
         manifest = None
     if isinstance(manifest, dict):
         for part in ("layers", "graph"):
@@ -290,7 +297,7 @@ class _Step:
 
 
 def compare(
-    expected: nn.Module, others: dict[str, nn.Module], batches: Iterable[Tensor]
+    expected: nn.Module, others: dict[str, nn.Module], batches: Iterable[Tensor | Sequence | Mapping[str, object]]
 ) -> tuple[dict[str, NetworkComparison], dict[str, tuple[int, int]]]:
     """Run networks side by side, node by node, so that no more is kept than what they need themselves.
 
@@ -306,8 +313,14 @@ def compare(
     observed: dict[str, tuple[int, int]] = {}
     first_image = 0
     for images in batches:
-        if not isinstance(images, Tensor):
-            raise ApotfxError(f"verify: expected batches that are tensors of images, got a {type(images).__name__}")
+        tensors = [x for x in pytree.tree_leaves(images) if isinstance(x, Tensor)]
+        if not tensors:
+            raise ApotfxError(f"verify: expected batches that hold tensors, got a {type(images).__name__}")
+        args, kwargs = bind(images)
+        try:
+            inspect.signature(expected.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ApotfxError(f"verify: a batch is no input of the network ({error}); pass inputs without labels") from error
         streams = {label: _steps(network, images) for label, network in others.items()}
         upcoming = {label: next(stream) for label, stream in streams.items()}
         for step in _steps(expected, images):
@@ -318,14 +331,20 @@ def compare(
                     _tally(comparison, step, other, first_image)
                     upcoming[label] = next(streams[label], None)
         assert not any(upcoming.values()), "the networks call their layers in different orders"
-        first_image += len(images)
+        first_image += len(tensors[0])
     if not first_image:
         raise ApotfxError("verify: there are no images to compare the networks on")
     return comparisons, observed
 
 
 def _steps(network: nn.Module, images: Tensor) -> Iterator[_Step]:
-    """What each node of a network computes from `images`, in order; of a `ByteNetwork` its layers and its result."""
+    """What each node of a network computes from `images`, in order.
+
+    Of a `ByteNetwork`, and of a network without a graph, the layers and the result.
+    """
+    if not isinstance(network, (ByteNetwork, fx.GraphModule)):
+        yield from _layers(network, images)
+        return
     if not isinstance(network, ByteNetwork):
         yield from _nodes(network, images)
         return
@@ -335,15 +354,40 @@ def _steps(network: nn.Module, images: Tensor) -> Iterator[_Step]:
                 yield step
     except CannotRun:
         pass  # then the network runs as reference
+    args, kwargs = bind(images)
     with torch.no_grad():
-        yield _Step("output", None, None, network(images))
+        yield _Step("output", None, None, network(*args, **kwargs))
+
+
+@torch.no_grad()
+def _layers(network: nn.Module, images: Tensor) -> list[_Step]:
+    steps, (args, kwargs) = [], bind(images)
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, y, name=name: steps.append(
+                _Step(name, *layer.codes_and_accumulators(*args, **kwargs), y)
+            ),
+            with_kwargs=True,
+        )
+        for name, layer in network.named_modules() if isinstance(layer, (QuantLayer, IntegerLayer))
+    ]  # fmt: skip
+    try:
+        result = network(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    return [*steps, _Step("output", None, None, parts[0] if len(parts) == 1 else torch.cat([x.flatten() for x in parts]))]
 
 
 @torch.no_grad()
 def _nodes(graph_module: fx.GraphModule, images: Tensor) -> Iterator[_Step]:
     modules = dict(graph_module.named_modules())
     interpreter = fx.Interpreter(graph_module)
-    interpreter.args_iter = iter([images])
+    args, kwargs = bind(images)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    given = dict(zip((node.target for node in placeholders), args)) | kwargs
+    interpreter.args_iter = iter([given.get(node.target, *node.args) for node in placeholders])
     for node in graph_module.graph.nodes:
         value = interpreter.env[node] = interpreter.run_node(node)
         codes = accumulators = None

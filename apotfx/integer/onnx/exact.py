@@ -80,9 +80,10 @@ class Exact(Translation):
         index = self.add("Reshape", [index, self.integers(-1)], f"{name}.flat_index")
         zero_point = byte_zero_point(layer) if to_bytes else 0
         key = f"{_level_set_name(levels.set)}.levels" + (f"_plus_{zero_point}" if zero_point else "")
-        rolled = layer.table.roll(2 * levels.min)  # negative indices count from the end
+        table = torch.tensor(levels.set.encoding_table, dtype=torch.float32)
+        rolled = table.roll(2 * levels.min)  # negative indices count from the end
         n = self.add(
-            "GatherElements", [self.constant(key, (rolled + zero_point).float()), index], f"{name}.flat_levels", axis=0
+            "GatherElements", [self.constant(key, rolled + zero_point), index], f"{name}.flat_levels", axis=0
         )
         shape = self.integers(-1, *self.shapes[operation.inputs[0]][1:])
         return self.add("Reshape", [n, shape], f"{name}.float_levels" if to_bytes else f"{name}.levels")
