@@ -493,7 +493,7 @@ class _Value(fx.Proxy):
     def __getattr__(self, name: str) -> fx.Proxy:
         if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):
             raise Untraceable(f"its forward asks for {name} of a tensor, which is not known while tracing")
-        if name.startswith("__") or self.tracer.type_of(self.node) is Tensor and not hasattr(Tensor, name):
+        if name.startswith("__") or not hasattr(Tensor, name) and self.tracer.type_of(self.node) is Tensor:
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return _Attribute(self, name)
 
