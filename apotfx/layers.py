@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import functional as F
 from .engine import EAGER, Eager, quantized_op
@@ -25,7 +26,7 @@ from .operators import (
     accumulator_bound,
     exact_dtype,
 )
-from .quantizers import InputQuantizer, Origin, Quantizer, WeightQuantizer, takes_data
+from .quantizers import InputQuantizer, Origin, Quantizer, WeightQuantizer, require_unrecorded
 
 
 class Geometry(NamedTuple):
@@ -275,31 +276,29 @@ class QuantLayer(nn.Module):
         return Operand(weight, quantizer.operand_clip, unit, quantizer.encoding)
 
     @torch.no_grad()
-    def integer_weight(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product.
-
-        Args:
-            weight: of a functional layer, the argument.
-        """
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """(integer-valued levels [C_out, ...], their scale [] or [C_out, 1, ...]): the weight is their product."""
         quantizer = self.weight_quantizer
-        weight = self.geometry.operator.from_parameter(self.weight if weight is None else weight)
-        weight, unit = quantizer.normalize(weight)
+        weight, unit = quantizer.normalize(self.geometry.operator.from_parameter(self.weight))
         operand = Operand(weight, quantizer.clip, unit, quantizer.encoding)
         return EAGER.levels(operand), operand.scale
 
     @torch.compiler.disable
     @torch.no_grad()
     def _fit_first_batch(self, quantizers: list[Quantizer], x: Tensor, weight: Tensor) -> None:
-        """Set those clips of `quantizers` that need it, from the layer's padded input and its weight; from zeros, none.
+        """Set those clips of `quantizers` that need it, from the layer's padded input and its weight.
+
+        Zeros set none, nor does a step that somebody only looks at, such as a counter of operations.
 
         Raises:
-            ApotfxError: x or the weight is not finite, or x is negative where the levels are unsigned; or this is no
-                training step to take clips from.
+            ApotfxError: x or the weight is not finite, or x is negative where the levels are unsigned; or the step is
+                recorded, or hidden by activation checkpointing.
         """
-        if not takes_data(self.name):
+        observers = require_unrecorded(self.name)
+        if any(issubclass(observer, FakeTensorMode) for observer in observers):
             return
         quantizers, x = [quantizer for quantizer in quantizers if quantizer.needs_data()], self.rectify(x)
-        if not quantizers or not x.any():
+        if observers or not quantizers or not x.any():
             return
         for quantizer in quantizers:
             if quantizer is self.input_quantizer:

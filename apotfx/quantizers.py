@@ -20,6 +20,7 @@ PAPER_INPUT_CLIP = 8.0
 # What a clip holds until it comes from data, by which it is known wherever it is copied to. As a power of two it stays
 # the same in every type and, unlike other numbers, in every moving average.
 PLACEHOLDER = 4.0
+DRIFT = 1 / 16  # relative; as far as an optimizer's decay moves a placeholder, step by step
 NORMALIZATIONS = ("none", "standardize", "rescale")
 
 
@@ -67,8 +68,7 @@ class Quantizer(nn.Module):
     def operand_clip(self) -> Tensor:
         """The clip for an `Operand`; as long as it may be set before the backward pass, a copy.
 
-        The placeholder learns nothing, and without a gradient no optimizer lets it decay; but where processes train
-        together, every parameter must take part.
+        The placeholder learns nothing; but where processes train together, every parameter must take part.
         """
         if self.origin is Origin.DATA:
             return self.clip
@@ -85,11 +85,8 @@ class Quantizer(nn.Module):
         return self.clip
 
     @torch.no_grad()
-    def agree(self, clip: Tensor | None) -> None:
-        """Take over the clip that the first training batches of all processes gave; None if they gave none."""
-        if clip is None:
-            self.clip.fill_(PLACEHOLDER)  # whatever the optimizer made of it
-            return
+    def agree_on(self, clip: Tensor) -> None:
+        """Take over the clip that the first training batches of all processes gave."""
         before = self.clip.clone()
         self.set_clip(clip)
         self.origin, self.clip_before = Origin.AGREED, before
@@ -102,10 +99,20 @@ class Quantizer(nn.Module):
         """Whether the clip is the placeholder; waits for the device."""
         return bool((self.clip.detach() == PLACEHOLDER).all())
 
+    @torch.no_grad()
     def needs_data(self) -> bool:
-        """Whether the clip is yet to come from data; waits for the device until it has come."""
-        if self.origin in (Origin.UNKNOWN, Origin.PLACEHOLDER):
-            self.origin = Origin.PLACEHOLDER if self.has_placeholder() else Origin.DATA
+        """Whether the clip is yet to come from data; waits for the device until it has come.
+
+        A placeholder that has drifted since the last time is put back.
+        """
+        if self.origin in (Origin.UNKNOWN, Origin.PLACEHOLDER) and not self.has_placeholder():
+            drifted = self.origin is Origin.PLACEHOLDER and (self.clip / PLACEHOLDER - 1).abs().max() < DRIFT
+            if drifted:
+                self.clip.fill_(PLACEHOLDER)
+            else:
+                self.origin = Origin.DATA
+        elif self.origin is Origin.UNKNOWN:
+            self.origin = Origin.PLACEHOLDER
         return self.origin is Origin.PLACEHOLDER
 
     @torch.no_grad()
@@ -135,6 +142,11 @@ class Quantizer(nn.Module):
         self.set_clip(fit_clip(x, self.levels, self.clip.shape))
         self.origin = Origin.LOCAL if is_distributed() else Origin.DATA
 
+    def _save_to_state_dict(self, *args) -> None:
+        if self.origin is Origin.PLACEHOLDER:
+            self.needs_data()  # which puts it back
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         clip = state_dict.get(f"{prefix}clip")
         # A flag in the state of earlier versions.
@@ -160,23 +172,23 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def takes_data(layer: str) -> bool:
-    """Whether a training step of the layer of that name, with gradients, is one to take clips from.
+def require_unrecorded(layer: str) -> list[type]:
+    """The types of the dispatch modes that look at a training step of the layer of that name.
 
-    It is not where something only looks at it: fake tensors, a counter of operations.
+    Selective activation checkpointing is none of them.
 
     Raises:
-        ApotfxError: it is recorded, which would make a constant of whether the clips come from it.
+        ApotfxError: the step is recorded, which would make a constant of whether clips come from it.
     """
     if not F.is_traced():
-        return True
+        return []
     modes = [type(mode) for mode in _get_current_dispatch_mode_stack()]
     recorded = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if recorded or any(issubclass(mode, ProxyTorchDispatchMode) for mode in modes):
         raise ApotfxError(
             f"layer {layer}: traced in training mode before its clips come from data; calibrate the network first"
         )
-    return all(mode.__module__ == torch.utils.checkpoint.__name__ for mode in modes)  # selective checkpointing
+    return [mode for mode in modes if mode.__module__ != torch.utils.checkpoint.__name__]
 
 
 class InputQuantizer(Quantizer):

@@ -17,7 +17,10 @@ def uncalibrated(qmodel: nn.Module) -> list[str]:
     return [
         name for name, layer in qmodel.named_modules()
         if isinstance(layer, QuantLayer)
-        and any(q is not None and q.has_placeholder() for q in (layer.weight_quantizer, layer.input_quantizer))
+        and any(
+            q is not None and (q.has_placeholder() or q.needs_data())
+            for q in (layer.weight_quantizer, layer.input_quantizer)
+        )
     ]  # fmt: skip
 
 
@@ -66,7 +69,8 @@ def _agree(quantizers: list[Quantizer]) -> None:
     torch.distributed.all_reduce(total)
     *sums, counts = total.split([*(quantizer.clip.numel() for quantizer in quantizers), len(quantizers)])
     for quantizer, clip, count in zip(quantizers, sums, counts.tolist(), strict=True):
-        quantizer.agree((clip / count).reshape(quantizer.clip.shape) if count else None)
+        if count:
+            quantizer.agree_on((clip / count).reshape(quantizer.clip.shape))
 
 
 def load_float_state(qmodel: nn.Module, state: Mapping[str, Tensor]) -> None:

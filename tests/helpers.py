@@ -49,6 +49,11 @@ def weight_in_clip_units(layer: QuantLayer) -> torch.Tensor:
     return weight if unit is None else weight / unit
 
 
+def num_hooks(model: nn.Module) -> list[int]:
+    """The hooks on every module's calls."""
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
 def nearest_level(position: torch.Tensor, levels: LevelSet) -> torch.Tensor:
     """By trying every level: the one nearest to `position` (float64), ties to the larger magnitude."""
     magnitude = position.double().abs() if levels.signed else position.double().clamp(min=0)

@@ -282,8 +282,10 @@ def stop(*_):
 
 
 def check_bad_lines(lines, capfd, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where matplotlib keeps what it found out
     for variable in ("APOTFX_DATA", "CC"):
         monkeypatch.delenv(variable, raising=False)
     for name, make in HOSTILE.items():

@@ -55,7 +55,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 import apotfx
-from apotfx.state import synchronize_clips, uncalibrated
+from apotfx.state import uncalibrated
 from apotfx.training.distributed import Processes, leave
 
 folder, wrapped, checkpointed = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
@@ -72,19 +72,10 @@ class Experts(nn.Module):
             x = self.right(x)
         return checkpoint(self.head, x, use_reentrant=False) if checkpointed else self.head(x)
 
-class Whole(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = Experts()
-    def forward(self, x, experts):
-        return self.experts(x, experts)
-
 torch.set_num_threads(1)
 torch.manual_seed(0)
 processes = Processes("cpu")
-net = apotfx.quantize(Whole(), apotfx.BitPolicy((apotfx.Rule(granularity="channel"),)))
-if not any("Synchronizer" in type(hook).__name__ for hook in net._forward_hooks.values()):
-    synchronize_clips(net)
+net = apotfx.quantize(Experts(), apotfx.BitPolicy((apotfx.Rule(granularity="channel"),)))
 network = DistributedDataParallel(net, find_unused_parameters=True) if wrapped else net
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
 torch.manual_seed(1 + processes.rank)
@@ -93,7 +84,7 @@ for step, experts in enumerate([("", ""), ("left", ""), ("left", "right"), ("", 
     experts = experts[processes.rank]
     x = (1 + 3 * processes.rank) * torch.randn(16, 4)
     if step == 0:
-        handle = net.experts.stem.register_forward_hook(lambda *_: local.update({k: p.detach().clone() for k, p in net.named_parameters()}))
+        handle = net.stem.register_forward_hook(lambda *_: local.update({k: p.detach().clone() for k, p in net.named_parameters()}))
     y = network(x, experts)
     handle.remove()
     states.append({k: p.detach().clone() for k, p in net.named_parameters() if k.endswith("clip")})
@@ -107,7 +98,7 @@ for step, experts in enumerate([("", ""), ("left", ""), ("left", "right"), ("", 
                 torch.distributed.all_reduce(p.grad)
     optimizer.step()
     optimizer.zero_grad()
-torch.save({"states": states, "waiting": waiting, "local": local["experts.stem.input_quantizer.clip"]}, f"{folder}/{processes.rank}.pt")
+torch.save({"states": states, "waiting": waiting, "local": local["stem.input_quantizer.clip"]}, f"{folder}/{processes.rank}.pt")
 processes.wait()
 processes.close()
 leave(0)
@@ -165,11 +156,11 @@ def test_processes_agree_on_clips_though_not_all_reach_a_layer(wrapped, checkpoi
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["waiting"] == two["waiting"]
     expected = [["left", "right", "never"], ["right", "never"], ["never"], ["never"]]
-    assert one["waiting"] == [[f"experts.{name}" for name in names] for names in expected]
+    assert one["waiting"] == expected
     for a, b in zip(one["states"], two["states"], strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     mean = (one["local"].double() + two["local"].double()) / 2
-    assert one["local"] != two["local"] and one["states"][0]["experts.stem.input_quantizer.clip"] == mean.float()
+    assert one["local"] != two["local"] and one["states"][0]["stem.input_quantizer.clip"] == mean.float()
 
 
 def test_training_on_two_processes_equals_training_on_one(tmp_path):

@@ -92,7 +92,8 @@ def returns_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if name is None or name in NOT_FRESH or name.startswith("_") and not name.startswith("__"):
         return False
     if node.op == "call_function" and inspect.isfunction(node.target):
-        return node.target.__module__ in ("torch.functional", "torch.nn.functional") and name in FRESH_FUNCTIONS and not _returns_several(node)
+        own = node.target.__module__ in ("torch.functional", "torch.nn.functional")
+        return own and name in FRESH_FUNCTIONS and not _returns_several(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return _is_fresh_schema(node.target._schema)
     schemas = [s for s in _schemas(_operator_name(name)) if _takes(s, node)]
