@@ -55,7 +55,8 @@ class Network(fx.GraphModule):
         return code
 
     def _prepare(self, args: tuple, kwargs: dict) -> None:
-        absorbing = all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
+        seen = nn.modules.module._has_any_global_hook()
+        absorbing = not seen and all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
         if absorbing != self._absorbing:
             vars(self)["_absorbing"] = absorbing
             for _, _, module in self._watched:

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -364,7 +364,7 @@ class _Tracer(fx.Tracer):
     def _pure(self, module: nn.Module) -> Iterator[None]:
         """Raises Untraceable if code that ran changed the module itself, which is undone, or drew random numbers."""
         own = {*self._own[module], *HOOKS, "training"}
-        before, contents, drawn = _state(module, own), _contents(module, own), _random_state()
+        before, held, drawn = _state(module, own), contents(module, own), _random_state()
         try:
             yield
         finally:
@@ -372,13 +372,11 @@ class _Tracer(fx.Tracer):
             after = _state(module, own)
             changed = [key for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
             changed = [f"its attribute {key}" for key in overridden + changed]
-            changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
+            changed += [_changed_item(key, *both) for key, both in held.items() if not _same_items(*both)]
             for key in after.keys() - before.keys():
                 del vars(module)[key]
             vars(module).update(self._own[module] | before)
-            for held, copied in contents.values():
-                held.clear()
-                held.extend(copied) if isinstance(held, list) else held.update(copied)
+            put_back(held)
         if changed:
             raise Untraceable(f"its forward changes {changed[0]}, which tracing would do once")
         if _random_state() != drawn:
@@ -643,14 +641,20 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield key, value
 
 
-def _state(module: nn.Module, own: set[str]) -> dict[str, object]:
+def _state(module: nn.Module, own: Collection[str]) -> dict[str, object]:
     return {key: value for key, value in vars(module).items() if key not in own}
 
 
-def _contents(module: nn.Module, own: set[str]) -> dict[str, tuple]:
-    """The containers that the module holds, each with a copy."""
+def contents(module: nn.Module, own: Collection[str] = ()) -> dict[str, tuple]:
+    """The containers that the module holds, each with a copy, but for those under the names `own`."""
     state = _state(module, own).items()
     return {key: (value, value.copy()) for key, value in state if isinstance(value, (list, dict, set))}
+
+
+def put_back(contents: Mapping[str, tuple]) -> None:
+    for held, copied in contents.values():
+        held.clear()
+        held.extend(copied) if isinstance(held, list) else held.update(copied)
 
 
 def _same(a: object, b: object) -> bool:
