@@ -54,20 +54,22 @@ def functionalize(
             return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
         if any(_name(n) in COMPLEX_VIEWS for value in (*sharing, target) for n in memory[value]):
             return {owner(node): f"its forward writes to a part of a complex tensor ({node.name})"}
-        if sharing and any(n.op == "placeholder" for n in sources):
-            return {owner(node): f"its forward writes to the input {min(n.name for n in sources)}, which it also reads"}
-        if not sharing and not sources - {n for n in sources if n.op == "placeholder"}:
-            for user in readers(target, node):
+        inputs = [n.name for n in sources if n.op == "placeholder"]
+        if sharing and inputs:
+            return {owner(node): f"its forward writes to the input {min(inputs)}, which it also reads"}
+        later = {value: readers(value, node) for value in (*sharing, target, node)}
+        if sharing or sources and not inputs:  # an input is the caller's, who sees what is written to it
+            with graph.inserting_before(node):
+                copied = graph.call_method("clone", (target,))
+            node.replace_input_with(target, copied)
+            position[copied], memory[copied], memory[node] = position[node] - 0.5, {copied}, {node}
+        if not sharing:
+            for user in later[target]:
                 user.replace_input_with(target, node)
             continue
-        later = {value: readers(value, node) for value in (*sharing, target, node)}
-        with graph.inserting_before(node):
-            copied = graph.call_method("clone", (target,))
-        node.replace_input_with(target, copied)
         with graph.inserting_after(node):
             stored = graph.call_function(store, (target, node))
-        position |= {copied: position[node] - 0.5, stored: position[node] + 0.25}
-        memory |= {copied: {copied}, stored: {stored}}
+        position[stored], memory[stored] = position[node] + 0.25, {stored}
         for value, users in later.items():
             with graph.inserting_after(stored):
                 like = target if value is node else value
@@ -79,7 +81,6 @@ def functionalize(
             if not users:
                 graph.erase_node(seen)
                 del memory[seen]
-        memory[node] = {node}
     return {}
 
 

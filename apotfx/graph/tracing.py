@@ -607,6 +607,8 @@ def _context() -> tuple:
 def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
     """`forward`, and whatever else of a module's functions is the user's, as tracing runs them."""
     methods = {"forward": module.forward}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        methods["_check_input_dim"] = lambda x: None  # which would ask for a dimension
     for cls in reversed(type(module).__mro__):
         for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
             if name == "forward":
