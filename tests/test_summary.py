@@ -74,7 +74,7 @@ def test_a_quantized_layer(rows):
     assert row == {
         "name": "conv", "type": "Conv2d", "scheme": "uniform", "weight_bits": 3, "input_bits": 5,
         "signed_input": True,
-        "input_clip": 8.0, "parameters": 135, "biases": 5, "float_bytes": 540, "quantized_bytes": 51, "macs": None,
+        "input_clip": 4.0, "parameters": 135, "biases": 5, "float_bytes": 540, "quantized_bytes": 51, "macs": None,
         "decided_by": "rule name=conv",
     }  # fmt: skip  # 51 bytes hold 135 * 3 = 405 bits
 
@@ -83,7 +83,7 @@ def test_layers_that_are_quantized_in_part(rows):
     partial, up = rows["partial"], rows["up"]
     assert (partial.scheme, partial.weight_bits, partial.input_bits, partial.input_clip) == ("apot", 2, 32, None)
     assert (partial.weight_clip, partial.float_bytes, partial.quantized_bytes, partial.signed_input) == (
-        3.0,
+        4.0,
         100,
         7,
         False,
@@ -95,7 +95,7 @@ def test_layers_that_are_quantized_in_part(rows):
 def test_a_functional_layer(rows):
     row = rows["linear"]
     assert (row.type, row.scheme, row.weight_bits, row.input_bits) == ("F.linear", "apot", 3, 4)
-    assert (row.weight_clip, row.input_clip) == (3.0, 8.0)
+    assert (row.weight_clip, row.input_clip) == (4.0, 4.0)
     assert (row.parameters, row.biases, row.float_bytes, row.quantized_bytes) == (18, 0, 72, 7)
 
 
@@ -243,6 +243,10 @@ def test_networks_of_several_inputs(inputs):
     assert summary(quantize(Sum(), BitPolicy((Rule(),))), inputs).macs == 3 * 8
 
 
+def hooks(model):
+    return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+
+
 def test_the_model_stays_as_it_is():
     torch.manual_seed(0)
     qmodel = quantize(
@@ -251,18 +255,19 @@ def test_the_model_stays_as_it_is():
     qmodel.train()
     qmodel.get_submodule("1").eval()
     modes = [module.training for module in qmodel.modules()]
-    state = copy.deepcopy(qmodel.state_dict())
+    state, before = copy.deepcopy(qmodel.state_dict()), hooks(qmodel)
     summary(qmodel, images())
     assert [module.training for module in qmodel.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in qmodel.state_dict().items())
-    assert not any(module._forward_hooks for module in qmodel.modules())
+    assert hooks(qmodel) == before
     assert all(parameter.grad is None for parameter in qmodel.parameters())
 
 
 def test_the_model_stays_as_it_is_when_inputs_do_not_fit(qmodel):
+    before = hooks(qmodel)
     with pytest.raises(RuntimeError):
         summary(qmodel.train(), torch.ones(2, 4, 8, 8))
-    assert qmodel.training and not any(module._forward_hooks for module in qmodel.modules())
+    assert qmodel.training and hooks(qmodel) == before
 
 
 def test_a_model_on_the_meta_device():
@@ -357,8 +362,8 @@ def test_the_text_is_a_table_with_totals():
         "parameters", "biases", "bytes",
                         "quantized", "macs", "decided by"]  # fmt: skip
     assert lines[2:] == [
-        ["0", "Linear", "uniform", "8", "8", "True", "3", "8", "16", "4", "64", "16", "80", "rule position=first"],
-        ["2", "Linear", "uniform", "8", "8", "False", "3", "8", "8", "2", "32", "8", "40", "rule position=last"],
+        ["0", "Linear", "uniform", "8", "8", "True", "4", "4", "16", "4", "64", "16", "80", "rule position=first"],
+        ["2", "Linear", "uniform", "8", "8", "False", "4", "4", "8", "2", "32", "8", "40", "rule position=last"],
     ]
     assert totals.splitlines() == [
         "parameters: 30, of them 30 in these layers",
