@@ -114,7 +114,7 @@ def with_value(name, value):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: Net(), "export: the model has no quantized layer; pass what apotfx.quantize returned"),
-    (lambda: with_clips(Net(), BitPolicy.default(32)), "export: the model has no quantized layer"),
+    (lambda: quantize(Net(), BitPolicy.default(32)), "export: the model has no quantized layer"),
     (lambda: with_clips(Net(), policy()).conv1, "export: the model has no quantized layer"),
     (lambda: with_clips(Net(), policy()).double(),
      r"export: bn1.weight is torch.float64, expected torch.float32; call model.float\(\) first"),
