@@ -375,7 +375,8 @@ def _arguments(model: nn.Module, batch: object) -> tuple[tuple, dict]:
     named = isinstance(batch, Mapping)
     args = () if named else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     kwargs = dict(batch) if named else {}
-    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs))):
+    wrong = [x for x in args if not any(isinstance(leaf, (Tensor, bool, type(None))) for leaf in pytree.tree_leaves(x))]
+    if wrong or not args and not kwargs:
         found = ", ".join(type(x).__name__ for x in (*args, *kwargs.values()))
         raise ApotfxError(f"a batch holds {found or 'nothing'}; expected tensors, or what holds them, per input of the model")
     signature = inspect.signature(model.forward)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import torch
 from network_examination import APOTFX, COPIES, Library, Verdict, check
-from network_statements import DOMAINS, HEADER, KINDS, OUTPUTS, SAME, SIGNATURES, VIEW_INIT, WRITES
+from network_statements import DOMAINS, HEADER, KINDS, OUTPUTS, PASSES_OPTIONAL, SAME, SIGNATURES, VIEW_INIT, WRITES
 from torch import nn
 
 # Where a statement stands. A leaf is a submodule that looks at values first, which no tracing enters.
@@ -56,7 +56,10 @@ class Program:
 
     @property
     def may_refuse(self) -> bool:
-        return SIGNATURES[self.signature].may_refuse or any(KINDS[s.kind].may_refuse for s in self.statements)
+        # Arguments that have a default keep it, unless the examples have them.
+        unannounced = not self.with_example and self.signature in PASSES_OPTIONAL
+        refused = SIGNATURES[self.signature].may_refuse or any(KINDS[s.kind].may_refuse for s in self.statements)
+        return unannounced or refused
 
     @property
     def same(self) -> float:

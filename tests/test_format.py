@@ -13,9 +13,14 @@ import torch
 from helpers import MIXED, Net, check_refused, edit_manifest, policy, trained
 from torch import nn
 
-from apotfx import ApotfxError, BitPolicy, quantize
+from apotfx import ApotfxError, BitPolicy, calibrate, quantize
 from apotfx.integer.format import _describe_tensor, export_integer, inspect_integer, read_integer
 from apotfx.integer.load import load_integer
+
+
+def with_clips(*args):
+    """Quantized with the paper's clips, as no training is needed."""
+    return calibrate(quantize(*args), [], method="paper")
 
 
 def test_what_is_in_the_directory(tmp_path):
@@ -29,7 +34,7 @@ def test_what_is_in_the_directory(tmp_path):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_size_is_what_the_bits_say(bits, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 7, 3, bias=False), nn.Flatten(), nn.Linear(28, 10))
-    qmodel = quantize(model, policy(scheme="uniform", weight_bits=bits, activation_bits=8))
+    qmodel = with_clips(model, policy(scheme="uniform", weight_bits=bits, activation_bits=8))
     tensors = safetensors.torch.load_file(export_integer(qmodel, tmp_path / "export") / "weights.safetensors")
     assert {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()} == {
         "0.weight_codes": (torch.uint8, -(-7 * 27 * bits // 8)),
@@ -78,7 +83,7 @@ def test_a_shared_layer_has_no_single_batch_norm(second, tmp_path):
             x = self.layer(torch.relu(self.bn1(self.layer(x))))
             return self.bn2(x) if second else x
 
-    path = export_integer(quantize(Shared(), policy()), tmp_path / "export")
+    path = export_integer(with_clips(Shared(), policy()), tmp_path / "export")
     assert "batch_norm" not in read_integer(path)[0]["layers"][0]
 
 
@@ -110,10 +115,10 @@ def with_value(name, value):
 @pytest.mark.parametrize("make, message", [
     (lambda: Net(), "export: the model has no quantized layer; pass what apotfx.quantize returned"),
     (lambda: quantize(Net(), BitPolicy.default(32)), "export: the model has no quantized layer"),
-    (lambda: quantize(Net(), policy()).conv1, "export: the model has no quantized layer"),
-    (lambda: quantize(Net(), policy()).double(),
+    (lambda: with_clips(Net(), policy()).conv1, "export: the model has no quantized layer"),
+    (lambda: with_clips(Net(), policy()).double(),
      r"export: bn1.weight is torch.float64, expected torch.float32; call model.float\(\) first"),
-    (lambda: quantize(Net(), policy()).bfloat16(), "is torch.bfloat16, expected torch.float32"),
+    (lambda: with_clips(Net(), policy()).bfloat16(), "is torch.bfloat16, expected torch.float32"),
     (lambda: with_value("conv1.weight", float("nan")), "export: conv1.weight is not finite"),
     (lambda: with_value("fc.bias", float("inf")), "export: fc.bias is not finite"),
     (lambda: with_value("conv3.input_quantizer.clip", float("nan")),
@@ -310,7 +315,7 @@ def test_contents_that_no_export_has_are_refused_though_all_checksums_fit(change
     model = nn.Sequential()
     model.add_module("relu", nn.ReLU())
     model.add_module("fc", nn.Linear(3, 3))
-    path = export_integer(quantize(model, policy(weight_bits=3, activation_bits=3)), tmp_path / "export")
+    path = export_integer(with_clips(model, policy(weight_bits=3, activation_bits=3)), tmp_path / "export")
     load_integer(path, model)
     edit_weights(path, change, describe=True)
     check_refused(path, model, f"weights.safetensors: {message}")
@@ -321,7 +326,7 @@ def twins(tmp_path):
     """An export with two layers of the same kind and size, and its float model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    return export_integer(quantize(model, policy()), tmp_path / "export"), model
+    return export_integer(with_clips(model, policy()), tmp_path / "export"), model
 
 
 def test_layers_swapped_in_the_weights_are_named(twins):
@@ -376,7 +381,7 @@ def test_metadata_that_are_no_json_are_refused(metadata, message, tmp_path):
 def test_an_infinite_setting_of_a_module_is_exported(tmp_path):
     """JSON has no infinity."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Hardtanh(-1, math.inf), nn.Linear(4, 2))
-    path = export_integer(quantize(model, policy()), tmp_path / "export")
+    path = export_integer(with_clips(model, policy()), tmp_path / "export")
     assert "Infinity" not in (path / "manifest.json").read_text()
     load_integer(path, model)
     with pytest.raises(

@@ -59,7 +59,7 @@ def least_bytes(model: nn.Module, qmodel: fx.GraphModule) -> int:
 
 def size(model: nn.Module, policy: apotfx.BitPolicy) -> tuple[int, int]:
     """(bytes of the exported weights, bytes that the bits allow); neither depends on training."""
-    qmodel = apotfx.quantize(model, policy)
+    qmodel = apotfx.calibrate(apotfx.quantize(model, policy), [], method="paper")
     with tempfile.TemporaryDirectory() as directory:
         path = apotfx.export_integer(qmodel, Path(directory) / "export")
         return (path / WEIGHTS).stat().st_size, least_bytes(model, qmodel)

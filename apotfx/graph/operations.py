@@ -30,13 +30,14 @@ FRESH_FUNCTIONS = {
 }  # fmt: skip
 # What gives its argument back all the same where there is nothing to do.
 NOT_FRESH = {"dequantize", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
-# Functions that write to others of their parameters than the first: which, and the parameter that has them do it.
+# Functions that write to others of their parameters than the first: which, and the parameter that has them do it, "" if
+# nothing keeps them from it in every version of torch.
 WRITTEN_PARAMETERS = {
     "batch_norm": (("running_mean", "running_var"), "training"),
     "native_batch_norm": (("running_mean", "running_var"), "training"),
     "cudnn_batch_norm": (("running_mean", "running_var"), "training"),
     "miopen_batch_norm": (("running_mean", "running_var"), "training"),
-    "instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+    "instance_norm": (("running_mean", "running_var"), ""),
     "embedding": (("weight",), "max_norm"),
     "embedding_bag": (("weight",), "max_norm"),
 }
@@ -142,7 +143,7 @@ def _inplace_argument(node: fx.Node) -> bool:
 def _written_parameters(node: fx.Node, name: str | None) -> Iterator[str]:
     if name in WRITTEN_PARAMETERS:
         parameters, switch = WRITTEN_PARAMETERS[name]
-        if _argument(node, switch) not in (False, None):
+        if not switch or _argument(node, switch) not in (False, None):
             yield from parameters
     elif name is not None and name not in FLAG_METHODS and not inspect.isfunction(node.target):
         for schema in _schemas(_operator_name(name)):
@@ -200,6 +201,7 @@ def _schemas(name: str) -> tuple:
         and str(schema.arguments[0].type) in tensors
         and any("Tensor" in str(a.type) for a in schema.arguments)
         and not any(a.is_out for a in schema.arguments)
+        and "name" not in schema.overload_name  # dimensions by name
         and torch._C._dispatch_has_kernel(_overload(schema))  # some are TorchScript's alone
     )
 

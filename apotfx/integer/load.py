@@ -24,7 +24,7 @@ from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.modules import has_hooks
 from apotfx.reproducible import ReproducibleBatchNorm, folded_batch_norm
 from apotfx.graph.passes import Prepared
-from apotfx.graph.network import load_reached_state
+from apotfx.graph.network import load_reached_state, require_traceable
 
 BACKENDS = ("reference", "onednn")
 
@@ -79,6 +79,7 @@ def assemble(
     example_inputs: object | None = None,
 ) -> nn.Module:
     """The reference network of an export that was read; see `load_integer`. `path` is for messages."""
+    require_traceable(float_model)
     require_writable_names(float_model)
     prepared = Prepared(float_model, concrete_args, example_inputs)
     for name, parameter in prepared.model.named_parameters():

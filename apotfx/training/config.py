@@ -123,6 +123,8 @@ class TrainConfig:
             ApotfxError: an unknown key, or a value of another type or range; names it and `source`.
         """
         known = typing.get_type_hints(cls)
+        if not isinstance(content, dict):
+            raise ApotfxError(f"{source}: is a {type(content).__name__}, expected settings by name; use another copy")
         for key, value in content.items():
             if key not in known:
                 raise ApotfxError(f"{source}: unknown key {printable(key)!r}; another version wrote it")
