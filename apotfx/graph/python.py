@@ -190,7 +190,7 @@ def _hasattr(value: object, name: str) -> bool:
 
 
 def _callable(value: object) -> bool:
-    return callable(value) and not (isinstance(value, fx.Proxy) and not hasattr(known_type(value), "__call__"))
+    return callable(value) and isinstance(value, fx.proxy.Attribute) >= isinstance(value, fx.Proxy)
 
 
 def _is_grad_enabled() -> bool:
