@@ -103,7 +103,7 @@ def step():
 
 @pytest.mark.parametrize("what", ["load", "refuse", "step"])
 def test_nothing_is_left_behind(what, request):
-    check_constant(request.getfixturevalue(what), count=40, warmup=10)
+    check_constant(request.getfixturevalue(what), count=40, warmup=50)
 
 
 @pytest.mark.nightly
