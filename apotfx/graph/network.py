@@ -18,6 +18,9 @@ from apotfx.modules import attribute, has_hooks
 from apotfx.reproducible import AttachedBatchNorm
 
 _RECORD = "_apotfx"
+GLOBAL_HOOKS = (  # on all modules
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 
 
 class Network(fx.GraphModule):
@@ -58,7 +61,7 @@ class Network(fx.GraphModule):
         return code
 
     def _prepare(self, args: tuple, kwargs: dict) -> None:
-        seen = nn.modules.module._has_any_global_hook()
+        seen = any(getattr(nn.modules.module, hooks) for hooks in GLOBAL_HOOKS)
         absorbing = not seen and all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
         if absorbing != self._absorbing:
             vars(self)["_absorbing"] = absorbing

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -598,8 +599,18 @@ def _context() -> tuple:
     """What a `with` statement around calls of torch may change."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = _checkpoints() if top is None else top(True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth, hooks
+
+
+def _checkpoints() -> int:
+    """How many calls of `torch.utils.checkpoint` run; torch 2.6 does not tell its hooks of saved tensors."""
+    frame, count = sys._getframe(), 0
+    while frame is not None:
+        count += frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        frame = frame.f_back
+    return count
 
 
 def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
