@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from apotfx import BitPolicy, calibrate, plan_of, quantize
+from apotfx import ApotfxError, BitPolicy, calibrate, plan_of, quantize
 from apotfx.graph.network import Network, graph_of, reached_state, record_of, trace
 
 POLICY = BitPolicy.default(4)
@@ -110,3 +110,11 @@ def test_names_that_torch_fx_needs_keep_the_model_whole(name):
     qmodel = calibrate(quantize(model, POLICY), [torch.randn(4, 8)])
     assert not isinstance(qmodel, Network) and not list(graph_of(qmodel).nodes)
     assert f"its {name} has a name that torch.fx keeps" in record_of(qmodel)["leaves"][""] and plan_of(qmodel).layers[0].quantized
+
+
+@pytest.mark.parametrize("name", ["class", 'x"y'])
+def test_names_that_make_no_code_are_refused(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(8, 8))
+    with pytest.raises(ApotfxError, match="torch.fx cannot write .* as code; rename it"):
+        quantize(model, POLICY)

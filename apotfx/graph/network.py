@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from apotfx.errors import ApotfxError
+from apotfx.generated_code import require_writable_names
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
 from apotfx.graph.tracing import HOOKS, trace_graph
@@ -159,6 +160,7 @@ def trace(
         ApotfxError: not a module, or one that is wrapped; says what to pass instead. Or arguments that forward lacks.
     """
     require_traceable(model)
+    require_writable_names(model)
 
     def refused(graph: fx.Graph, modules: dict[str, nn.Module], constants: Mapping[str, Tensor]) -> dict[str, str]:
         norms_as_modules(graph, modules)
