@@ -8,7 +8,8 @@ from .integer.load import load_integer
 from .integer.verify import verify
 from .levels import LevelSet
 from .policy import BitPolicy, Rule
-from .graph.passes import plan, quantize
+from .graph.passes import plan, plan_of, quantize
+from .state import load_float_state
 from .summary import summary
 from .graph.network import trace
 
@@ -20,8 +21,10 @@ __all__ = [
     "calibrate",
     "correct_biases",
     "export_integer",
+    "load_float_state",
     "load_integer",
     "plan",
+    "plan_of",
     "quantize",
     "read_integer",
     "reestimate_batch_norms",

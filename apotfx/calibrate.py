@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
@@ -373,10 +374,11 @@ def _arguments(model: nn.Module, batch: object) -> tuple[tuple, dict]:
     """The arguments that `batch` stands for."""
     named = isinstance(batch, Mapping)
     args = () if named else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if not named and not all(isinstance(x, Tensor) for x in args):
-        found = ", ".join(type(x).__name__ for x in args)
-        raise ApotfxError(f"a batch holds {found}; expected tensors, one per input of the model")
     kwargs = dict(batch) if named else {}
+    wrong = [x for x in args if not any(isinstance(leaf, (Tensor, bool, type(None))) for leaf in pytree.tree_leaves(x))]
+    if wrong or not args and not kwargs:
+        found = ", ".join(type(x).__name__ for x in (*args, *kwargs.values()))
+        raise ApotfxError(f"a batch holds {found or 'nothing'}; expected tensors, or what holds them, per input of the model")
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)

@@ -5,10 +5,13 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import math
 import os
 import platform
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from .errors import ApotfxError
 from .files import write_atomic
-from .functional import Levels, Operand, is_dense, is_plain
+from .functional import PLAIN, Levels, Operand, is_dense
 from .levels import LevelSet
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -32,6 +35,8 @@ PIECE = 1024  # as in kernels.c
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 SIMD = (("-fopenmp-simd",), ())
+SECONDS = 120  # that the compiler may take
+MAX_BYTES = 2**26  # of a compiled library
 
 
 class _Levels(ctypes.Structure):
@@ -96,6 +101,8 @@ def library() -> ctypes.CDLL:
         for native in NATIVE:
             try:
                 return _compile([*compiler, *FLAGS, *simd, *native])
+            except subprocess.TimeoutExpired:  # with other flags it would take as long
+                raise Unavailable(f"the C compiler {' '.join(compiler)} did not end in {SECONDS} seconds") from None
             except (OSError, subprocess.SubprocessError) as error:
                 problems.append(error)
     raise Unavailable(f"the C compiler {' '.join(compiler)} failed ({_first_line(problems[0])})")
@@ -112,22 +119,43 @@ def _compile(command: list[str]) -> ctypes.CDLL:
     """The library that `command` makes of kernels.c, from the cache or into it."""
     key = _digest("\n".join([SOURCE.read_text(), *command, _processor()]).encode())
     cache = _cache_directory()
-    for cached in cache.glob(f"kernels-{key}-*.so"):
-        if cached.name == _file_name(key, cached.read_bytes()):  # to load a damaged one would kill the process
-            return _load(cached)
+    for cached in cache.glob(f"kernels-{key}-*.so") if cache else ():
+        with contextlib.suppress(OSError):
+            if cached.name == _file_name(key, _read_own(cached)):  # to load a damaged one would kill the process
+                return _load(cached)
     with tempfile.TemporaryDirectory() as folder:
+        if not _is_private(Path(folder).resolve()):
+            raise OSError(f"others can write where temporary files are, {tempfile.gettempdir()}; set TMPDIR")
         compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         for step in (
             [*command, "-c", str(SOURCE), "-o", str(compiled)],
             [*command, "-shared", *link, str(compiled), "-o", str(linked)],
         ):
-            subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
+            _run(step)
         loaded, content = _load(linked), linked.read_bytes()
-    with contextlib.suppress(OSError):  # without a cache the next process compiles again
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(cache / _file_name(key, content), content)
+    if cache:
+        with contextlib.suppress(OSError):  # without a cache the next process compiles again
+            write_atomic(cache / _file_name(key, content), content, mode=0o600)
     return loaded
+
+
+def _run(command: list[str]) -> None:
+    """Raises: SubprocessError, OSError: it failed, or took more than `SECONDS`; then what it started is ended too."""
+    with tempfile.TemporaryFile() as said:  # a pipe would be waited for as long as a child of the compiler's has it
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        try:
+            code = process.wait(SECONDS)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if code:
+            said.seek(0)
+            raise subprocess.CalledProcessError(code, command, stderr=said.read(2**16).decode(errors="replace"))
 
 
 def _digest(content: bytes) -> str:
@@ -138,10 +166,55 @@ def _file_name(key: str, content: bytes) -> str:
     return f"kernels-{key}-{_digest(content)}.so"
 
 
-def _cache_directory() -> Path:
-    """Where compiled kernels are kept: `apotfx` in APOTFX_CACHE or in the user's cache."""
-    root = os.environ.get("APOTFX_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(root), "apotfx")
+def _cache_directory() -> Path | None:
+    """Where compiled kernels are kept: `apotfx` in APOTFX_CACHE or in the user's cache; made if need be.
+
+    None where there is no such place, or where somebody else could put code that this process would run.
+    """
+    root = os.environ.get("APOTFX_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        home = os.environ.get("HOME", os.path.expanduser("~"))
+        root = os.path.join(home, ".cache") if os.path.isdir(home) else ""
+    directory = Path(os.path.expanduser(root), "apotfx")
+    if not directory.is_absolute():
+        return None
+    try:
+        directory = directory.resolve()
+        for place in reversed((directory, *directory.parents)):
+            if not place.exists():
+                place.mkdir(mode=0o700)
+        if _is_private(directory):
+            return directory
+    except (OSError, RuntimeError):  # RuntimeError: a circle of links
+        return None
+    logging.getLogger("apotfx").warning(
+        f"compiled code is not kept: others can write in {directory} or above it; take their permission (chmod go-w)"
+    )
+    return None
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether nobody but this user, and root, can put or exchange files in `directory`, which has no links in it."""
+    if not hasattr(os, "geteuid"):
+        return True
+    for place in (directory, *directory.parents):
+        status = place.lstat()
+        is_sticky = place != directory and status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (os.geteuid(), 0) or (status.st_mode & 0o022 and not is_sticky):
+            return False
+    return directory.is_dir() and directory.stat().st_uid == os.geteuid()
+
+
+def _read_own(path: Path) -> bytes:
+    """Raises: OSError: not a file of this user's that nobody else can write to."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o022:
+            raise PermissionError(f"{path}: others can write to it")
+        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+            raise PermissionError(f"{path}: is another user's")
+        return file.read(MAX_BYTES)
 
 
 def _processor() -> str:
@@ -188,7 +261,7 @@ def describe(operand: Operand) -> Described | None:
 
 
 def accept(operand: Operand) -> bool:
-    """Whether the kernels can work on `operand`, or on a dense copy of its values."""
+    """Whether the kernels can work on `operand`, or on a dense copy of its values; see also `functional.is_traced`."""
     x, clip, unit = operand.values, operand.clip, operand.unit
     return (
         operand.levels is not None
@@ -196,8 +269,8 @@ def accept(operand: Operand) -> bool:
         and (unit is None or unit.dtype == torch.float32)
         and x.device.type == clip.device.type == "cpu"
         and (unit is None or unit.device.type == "cpu")
-        and type(clip) in (Tensor, torch.nn.Parameter)
-        and is_plain(x)
+        and type(x) in PLAIN
+        and type(clip) in PLAIN
         and x.numel() > 0
         and clip.is_contiguous()
     )

@@ -54,7 +54,7 @@ class MacCounter(TorchDispatchMode):
     """Counts while it is active.
 
     Args:
-        owners: per storage of a parameter or buffer the row that it belongs to, "" for none, None for one whose products
+        owners: per storage of a parameter or buffer the row that it belongs to, "" for none, None where its products
             are counted elsewhere.
 
     Attributes:
@@ -68,7 +68,7 @@ class MacCounter(TorchDispatchMode):
         self.rows: Counter[str] = Counter()
         self.others = self.activations = 0
         self._owners = dict(owners)
-        self._derived: list[Tensor] = []  # what is computed from weights alone, alive so that no other takes its storage
+        self._derived: list[Tensor] = []  # computed from weights alone; alive, so that no other takes their storage
         self._paused, self._row, self._elementwise = 0, "", False
 
     @property

@@ -15,13 +15,15 @@ from tabulate import tabulate
 
 from .graph.facts import LayerFacts
 from .errors import ApotfxError
-from .files import write_atomic
+from .files import read_file, write_atomic
 from .levels import MAX_BITS, MIN_BITS, SCHEMES, LevelSet
 from .quantizers import NORMALIZATIONS
 
 FLOAT_BITS = 32
 POSITIONS = ("first", "last")
 GRANULARITIES = ("tensor", "channel")
+MAX_RULES = 5000
+MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_TEXT, MAX_DIGITS = 2**20, 32, 100_000, 2**16, 64
 PER_NAME = ("bits", "weight_bits", "activation_bits", "scheme")  # a value each, where a rule lists names
 
 
@@ -102,9 +104,9 @@ class Rule:
                 _require_str(key, getattr(self, key))
         try:
             re.compile(self.regex or "")
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ApotfxError(
-                f"{self}: regex {self.regex!r} is not a regular expression ({error}); write it as Python's "
+                f"{self}: regex {_abbreviated(self.regex)} is not a regular expression ({error}); write it as Python's "
                 "re.fullmatch takes it"
             ) from None
 
@@ -155,7 +157,7 @@ def _plain(value: object) -> object:
 
 
 def _listed(value: object) -> str:
-    values = [str(v) for v in _as_tuple(value)]
+    values = [_short(str(v), 100) for v in _as_tuple(value)]
     return ",".join(values if len(values) <= 3 else [*values[:2], "...", values[-1]])
 
 
@@ -228,7 +230,10 @@ class BitPolicy:
         if not isinstance(rules, list) or not rules:
             raise ApotfxError(f"{source}: expected one key `rules` with a list of rules, got {_abbreviated(content)}")
         expanded = (_rules_from_dict(rule, f"{source}: rule {i}") for i, rule in enumerate(rules, 1))
-        return cls(itertools.chain.from_iterable(expanded))
+        expanded = list(itertools.islice(itertools.chain.from_iterable(expanded), MAX_RULES + 1))
+        if len(expanded) > MAX_RULES:
+            raise ApotfxError(f"{source}: more than {MAX_RULES} rules; let a glob or a list of names stand for several")
+        return cls(expanded)
 
     def to_dict(self) -> dict:
         """Plain data, with every key of every rule."""
@@ -238,15 +243,71 @@ class BitPolicy:
     def from_yaml(cls, path: str | Path) -> "BitPolicy":
         """Raises: ApotfxError: no such file, not YAML, or not a policy; names the file and what is wrong."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ApotfxError(f"policy file {path}: cannot be read ({error.strerror}); check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ApotfxError(f"policy file {path}: not YAML ({' '.join(str(error).split())})") from error
+            content = parse_yaml(read_file(path, max_bytes=MAX_YAML_BYTES))
+        except ApotfxError as error:
+            raise ApotfxError(f"policy file {error}; check the path") from None
+        except ValueError as error:
+            raise ApotfxError(f"policy file {path}: not YAML ({error})") from error
         return cls.from_dict(content, f"policy file {path}")
 
     def to_yaml(self, path: str | Path) -> None:
         write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_abbreviated(key.value)} twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(content: bytes) -> object:
+    """Raises: ValueError: not YAML, in one line, a key twice, or larger or deeper than any file of this package's."""
+    try:
+        if sum(map(content.count, (b",", b"\n", b":", b"[", b"{"))) > MAX_YAML_VALUES:
+            raise ValueError(f"more than {MAX_YAML_VALUES} values")
+        loader = _Loader(content.decode())
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _require_bounded(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        problem = "nested too deeply"
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date or UTF-8 that is none
+        problem = " ".join(str(error).split())
+    raise ValueError(_short(problem, 300))
+
+
+def _require_bounded(root: yaml.Node) -> None:
+    """Raises: ValueError: what an alias stands for counts as often as it is written out."""
+    sizes: dict[yaml.Node, float] = {}
+
+    def size_of(node: yaml.Node, depth: int) -> float:
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"nested more than {MAX_YAML_DEPTH} deep, or in itself")
+        if isinstance(node, yaml.ScalarNode):
+            is_number = node.tag.endswith((":int", ":float"))
+            if len(node.value) > (MAX_DIGITS if is_number else MAX_TEXT):
+                raise ValueError(f"{'a number' if is_number else 'a text'} of {len(node.value)} characters")
+            return 1
+        if node not in sizes:
+            children = node.value if isinstance(node, yaml.SequenceNode) else itertools.chain.from_iterable(node.value)
+            sizes[node] = 1 + sum(size_of(child, depth + 1) for child in children)
+        return sizes[node]
+
+    if size_of(root, 0) > MAX_YAML_VALUES:
+        raise ValueError(f"more than {MAX_YAML_VALUES} values")
 
 
 def _rules_from_dict(content: object, source: str) -> list[Rule]:
@@ -277,16 +338,19 @@ def _rule_from_dict(content: dict, source: str) -> Rule:
     known = [field.name for field in dataclasses.fields(Rule)]
     for key in content:
         if key not in known:
-            raise ApotfxError(f"{source}: unknown key {key!r}; the keys are bits, {', '.join(known)}")
+            raise ApotfxError(f"{source}: unknown key {_abbreviated(key)}; the keys are bits, {', '.join(known)}")
     try:
         return Rule(**content)
     except ApotfxError as error:
-        raise ApotfxError(f"{source}: {error}") from None
+        raise ApotfxError(f"{source}: {_short(str(error), 500)}") from None
 
 
 def _abbreviated(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _short(repr(value), 60)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import MultiheadAttention, split_projections
 from .errors import ApotfxError
+from .graph.network import Network
 from .layers import QuantLayer
 from .quantizers import Origin, Quantizer, is_distributed
 
@@ -30,7 +31,10 @@ def synchronize_clips(qmodel: nn.Module) -> None:
     Each process takes clips from its own first batch, for the layers that this reaches. After each forward pass of
     `qmodel` in training, until all clips come from data, the processes take over the mean.
     """
-    qmodel.register_forward_hook(_ClipSynchronizer())
+    if isinstance(qmodel, Network):
+        vars(qmodel)["_after"] = _ClipSynchronizer()
+    else:
+        qmodel.register_forward_hook(_ClipSynchronizer())
 
 
 class _ClipSynchronizer:

@@ -121,7 +121,8 @@ class Summary:
         if self.macs is not None:
             share = "" if self.quantized_macs_share is None else f" ({self.quantized_macs_share:.2%})"
             lines.append(
-                f"multiply-accumulates: {self.macs:,}, of them {self.quantized_macs:,}{share} with weight and input quantized"
+                f"multiply-accumulates: {self.macs:,}, of them {self.quantized_macs:,}{share} with weight and input "
+                "quantized"
             )
             parts = [
                 f"{macs:,} {where}"

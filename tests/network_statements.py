@@ -765,6 +765,7 @@ SIGNATURES = {
     "dict": Signature("batch", 'inputs = batch["image"] * batch.get("mask", 0.5)', "dict", may_refuse=True),
     "pair": Signature("pair", "inputs, mask = pair\ninputs = inputs * mask", "pair", may_refuse=True),
 }  # fmt: skip
+PASSES_OPTIONAL = {"optional-passed", "optional-keyword", "args-passed", "kwargs-passed", "all-optional"}
 OUTPUTS = {
     "tensor": "return out",
     "tuple": "return out, x",

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import torch
 from network_examination import APOTFX, COPIES, Library, Verdict, check
-from network_statements import DOMAINS, HEADER, KINDS, OUTPUTS, SAME, SIGNATURES, VIEW_INIT, WRITES
+from network_statements import DOMAINS, HEADER, KINDS, OUTPUTS, PASSES_OPTIONAL, SAME, SIGNATURES, VIEW_INIT, WRITES
 from torch import nn
 
 # Where a statement stands. A leaf is a submodule that looks at values first, which no tracing enters.
@@ -56,7 +56,10 @@ class Program:
 
     @property
     def may_refuse(self) -> bool:
-        return SIGNATURES[self.signature].may_refuse or any(KINDS[s.kind].may_refuse for s in self.statements)
+        # Arguments that have a default keep it, unless the examples have them.
+        unannounced = not self.with_example and self.signature in PASSES_OPTIONAL
+        refused = SIGNATURES[self.signature].may_refuse or any(KINDS[s.kind].may_refuse for s in self.statements)
+        return unannounced or refused
 
     @property
     def same(self) -> float:
@@ -98,7 +101,7 @@ class Program:
             functions = [s.body for s in self.statements if s.place == "function"]
             read |= set("abcd") & set(re.findall(r"self\.([abcd])\b", "\n".join(functions)))
         layers = [f"self.{key} = {made}" for key, made in DOMAINS[self.domain].layers.items() if key in read]
-        unique = list(dict.fromkeys([*layers, *init])) or ["pass"]
+        unique = list(dict.fromkeys([*layers, *init]))
         lines = [f"class {name}(nn.Module):", "    def __init__(self):", "        super().__init__()"]
         lines += [f"        {line}" for line in unique]
         for method, parameters, body in methods:
@@ -168,11 +171,11 @@ def random_program(seed: int) -> Program:
 def programs_of_one_kind() -> dict[str, list[Program]]:
     """For every kind, networks that differ from a plain one in it alone, by name."""
     programs: dict[str, list[Program]] = {}
-    for name, kind in KINDS.items():
-        for seed, domain in enumerate(kind.domains):
-            for place in ("inline", "submodule", "leaf"):
-                line = statement(random.Random(f"{name} {place}"), name, domain, 0, place)
-                programs.setdefault(name, []).append(Program(seed, domain, (line,), with_example=place == "submodule"))
+    for number, (name, kind) in enumerate(KINDS.items()):
+        for seed, place in enumerate(("inline", "submodule", "leaf")):
+            domain = kind.domains[(number + seed) % len(kind.domains)]
+            line = statement(random.Random(f"{name} {place}"), name, domain, 0, place)
+            programs.setdefault(name, []).append(Program(seed, domain, (line,), with_example=place == "submodule"))
     for name in SIGNATURES:
         programs[f"forward-{name}"] = [Program(0, "images", (), name, with_example=flag) for flag in (False, True)]
     for name in OUTPUTS:
@@ -237,8 +240,10 @@ def main() -> int:
             continue
         if not args.whole and verdict.what != "unsuited":
             program, verdict = minimize(program, verdict, library)
+        kinds = ", ".join(sorted(program.kinds)) or "nothing"
+        print(f"seed {program.seed} ({kinds}): {verdict.what}, {verdict.stage}: {verdict.reason}", flush=True)
         if verdict.what == "wrong":
-            failures[", ".join(sorted(program.kinds)) or "nothing"].append((program, verdict))
+            failures[kinds].append((program, verdict))
         else:
             refusals[f"{verdict.what}, {verdict.stage}"].append((program, verdict.reason))
     for kind, found in sorted(failures.items(), key=lambda item: (-len(item[1]), item[0])):

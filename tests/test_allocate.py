@@ -1,13 +1,14 @@
 """tools/allocate.py as a user calls it, on scikit-learn's digits."""
 
-import importlib.util
 import itertools
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import allocate as tool
 import pytest
+import train
 
 from apotfx import BitPolicy, plan, quantize
 from apotfx.training.build import build_float
@@ -18,14 +19,6 @@ from apotfx.training.data import load_dataset
 ROOT = Path(__file__).parents[1]
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool, train = load_tool("allocate"), load_tool("train")
 CONFIG = TrainConfig(arch="resnet10", bit=32, dataset="digits", image_size=12)
 
 
@@ -134,10 +127,10 @@ def quantized_checkpoint(tmp_path_factory, network):
     (["nowhere.pt"], "checkpoint nowhere.pt: no such file"),
     (["QUANTIZED"], "checkpoint QUANTIZED: is not a float network; train one with --bit 32"),
     (["CKPT", "--average-bits", "1"], "average of 1 bits: cannot be kept; the options take 2 or more"),
-    (["CKPT", "--budget", "time"], "--budget time: expected size or macs"),
-    (["CKPT", "--schemes", "apot,log"], "scheme 'log': unknown; choose one of apot, pot, uniform"),
-    (["CKPT", "--bits", "4,9"], "bits 9: out of range"),
-    (["CKPT", "--bits", "4,x"], "--bits 4,x: expected numbers with commas between them"),
+    (["CKPT", "--budget", "time"], "argument --budget: got 'time', expected one of size, macs"),
+    (["CKPT", "--schemes", "apot,log"], "argument --schemes: got 'log', expected one of apot, pot, uniform"),
+    (["CKPT", "--bits", "4,9"], "argument --bits: got '9', expected one of 2, 3"),
+    (["CKPT", "--bits", "4,x"], "argument --bits: got 'x', expected one of 2, 3"),
     (["CKPT", "--images", "2000"], "--images 2000: expected 1 to 1294"),
     (["CKPT", "--batch-size", "33"], "--batch-size 33: expected 1 to 16"),
     (["CKPT", "--output", "no/where.yaml"], "--output no/where.yaml: there is no directory no; create it"),

@@ -14,8 +14,6 @@ from helpers import table_rows
 ROOT = Path(__file__).parents[1]
 TINY = ["train", "--network", "stack", "--batch", "2", "--image-size", "8", "--rounds", "1", "--warmup", "1"]
 
-sys.path.insert(0, str(ROOT / "tools"))
-
 import bench
 import bench_common
 import bench_train

@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import sys
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -12,8 +11,6 @@ import torch
 from helpers import needs_bytes, table_rows
 
 import apotfx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import bench
 import bench_common

@@ -2,14 +2,10 @@
 
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import table_rows
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import bench
 import bench_quantize

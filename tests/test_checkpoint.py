@@ -1,5 +1,7 @@
+import math
 import os
 import pickle
+import random
 import re
 import resource
 import signal
@@ -11,6 +13,8 @@ from torch import nn
 
 import apotfx
 from apotfx.errors import ApotfxError
+from apotfx.tensors import Damaged
+from apotfx.state import uncalibrated
 from apotfx.training.checkpoint import load_state, read_checkpoint, save_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.published import convert_published
@@ -26,6 +30,19 @@ def small(bits=4):
 
 def content(model, **more):
     return {"config": asdict(TrainConfig()), "model": model.state_dict(), **more}
+
+
+TRAINING = {
+    "ema_count": 7,
+    "momentum": {"0.weight": torch.ones(4, 1, 3, 3)},
+    "step": 7,
+    "seconds": 1.5,
+    "clock": {"data": 0.25},
+    "best": {"val_acc": 50.0, "epoch": 1},
+    "running": {"loss": 1.0, "correct": 2.0, "images": 3.0},
+    "random": {"torch": torch.get_rng_state()},
+    "made_with": {"threads": "2"},
+}
 
 
 def equal(a, b):
@@ -44,10 +61,12 @@ def test_a_directory_means_its_last_checkpoint_and_the_average_comes_first(tmp_p
     model, average = small(), small()
     with torch.no_grad():
         average.get_submodule("0").weight.add_(1)
-    save_checkpoint(tmp_path / "checkpoint.pt", content(model, ema=average.state_dict(), optimizer={}))
+    save_checkpoint(tmp_path / "checkpoint.pt", content(model, ema=average.state_dict(), **TRAINING))
     checkpoint = read_checkpoint(tmp_path)
     assert equal(checkpoint.state, average.state_dict())
     assert equal(checkpoint.resume["model"], model.state_dict())
+    assert checkpoint.resume["step"] == 7 and equal(checkpoint.resume["random"], TRAINING["random"])
+    assert checkpoint.best == TRAINING["best"] and checkpoint.made_with == {"threads": "2"}
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
@@ -91,7 +110,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, share):
     save_checkpoint(path, content(small()))
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ApotfxError, match=r"best\.pt: .*damaged") as error:
+    with pytest.raises(ApotfxError, match=r"best\.pt: .*damaged.*; use another copy") as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value)
 
@@ -104,11 +123,56 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         read_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("change", [{"model": 3}, {"config": 3}, {"config": {"bit": "4"}}], ids=str)
-def test_a_checkpoint_made_by_hand_is_refused(tmp_path, change):
-    save_checkpoint(tmp_path / "x.pt", content(small()) | change)
-    with pytest.raises(ApotfxError, match="x.pt: damaged or made by hand"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": 3}, "config is a int"),
+        ({"config": {"bit": "4"}}, "bit is a str, which it cannot be"),
+        ({"config": {"bit": 9}}, "--bit 9: expected 2 to 8"),
+        ({"config": {"policy": {"rules": [{"bitz": 4}]}}}, "rule 1: unknown key 'bitz'"),
+        ({"model": {}}, "model is a NoneType"),
+        ({"version": 3}, "version is 3, expected a whole number from 2 to 2"),
+        ({"made_with": {"torch": "2\n"}}, "made_with is not made of texts"),
+        ({"ema": None}, "ema is absent, with --ema 0.998"),
+        ({"step": -1}, "step is -1, expected a whole number"),
+        ({"step": 1.0}, "step is 1.0, expected a whole number"),
+        ({"step": 2**60}, "step is 1152921504606846976"),
+        ({"seconds": "x"}, "seconds is x, expected a number"),
+        ({"ema_count": True}, "ema_count is True"),
+        ({"best": {}}, "best is absent"),
+        ({"best": {"val_acc": 50, "epoch": 26}}, "best/epoch is 26"),
+        ({"best": {"val_acc": 101, "epoch": 2}}, "best/val_acc is 101"),
+        ({"running": {"loss": 1.0}}, "running/correct is None"),
+        ({"clock": {"a\n": 1}}, "clock has parts without a name"),
+        ({"random": {}}, "random is a NoneType"),
+        ({"random": {"torch": torch.zeros(9)}}, "random/torch is not the state of a generator"),
+        ({"random": {"torch": torch.zeros(9, dtype=torch.uint8)}}, "random/torch is not the state of a generator"),
+        ({"random": {"torch": torch.zeros(5056, dtype=torch.uint8)}}, "random/torch is not the state of a generator"),
+        ({"random": TRAINING["random"] | {"cuda": torch.ones(1)}}, "random/cuda is not the state of a generator"),
+        ({"random": {"cuda": torch.zeros(16, dtype=torch.uint8)}}, "random/torch is not the state of a generator"),
+        ({"momentum": {"x": torch.tensor(math.nan)}}, "x is not finite"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_made_by_hand_is_refused(tmp_path, change, message):
+    model = small()
+    made = content(model, ema=model.state_dict(), **TRAINING)
+    save_checkpoint(tmp_path / "x.pt", made)
+    assert read_checkpoint(tmp_path / "x.pt").resume is not None
+    save_checkpoint(tmp_path / "x.pt", made | change)
+    with pytest.raises(ApotfxError, match=re.escape(message)) as error:
         read_checkpoint(tmp_path / "x.pt")
+    assert str(error.value).startswith(f"checkpoint {tmp_path}/x.pt: ") and "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    for path in (tmp_path / "x.pt", "/dev/zero"):
+        with pytest.raises(ApotfxError, match=f"checkpoint {path}: is not a file"):
+            read_checkpoint(path)
+    for name in ("a\0b", "x" * 300, "\udcff"):
+        with pytest.raises(ApotfxError, match="^checkpoint [^:]+: no such file"):
+            read_checkpoint(name)
 
 
 def test_a_missing_checkpoint_is_named():
@@ -169,3 +233,50 @@ def test_published_names_become_ours():
     assert converted["layer1.0.conv1.weight_quantizer.clip"] == 0.25  # only its magnitude counts
     assert converted["conv1.weight_quantizer.clip"] == 2.0
     assert converted["fc.bias"] is state["module.fc.bias"]
+    for name in ("module.fc.weight", "module.layer1.0.conv1.act_alpha"):
+        for value in (torch.empty(0), torch.tensor([1])):
+            with pytest.raises(Damaged, match=f"{name.removeprefix('module.')} holds no numbers|{name} holds no numbers"):
+                convert_published(state | {name: value})
+
+
+def test_a_weight_of_another_type_is_refused(tmp_path):
+    model = small()
+    state = model.state_dict() | {"0.weight": model.get_parameter("0.weight").detach().to(torch.int64)}
+    save_checkpoint(tmp_path / "x.pt", content(model) | {"model": state})
+    with pytest.raises(ApotfxError, match=re.escape("0.weight is (4, 1, 3, 3) int64, the network has (4, 1, 3, 3);")):
+        load_state(small(), read_checkpoint(tmp_path / "x.pt"))
+
+
+def test_flags_of_earlier_versions_are_read(tmp_path):
+    source = apotfx.calibrate(small(), [torch.rand(2, 1, 8, 8)])
+    state, stray = source.state_dict(), {"9.weight_quantizer.calibrated": torch.tensor(True)}
+    flags = {f"{key.removesuffix('clip')}calibrated": torch.tensor(True) for key in state if key.endswith("quantizer.clip")}
+    for saved in (state | stray, state | flags, state):
+        save_checkpoint(tmp_path / "x.pt", content(source) | {"model": saved})
+        target = small()
+        load_state(target, read_checkpoint(tmp_path / "x.pt"))
+        assert equal(target.state_dict(), state) and not uncalibrated(target)
+
+
+def save_version_1(path, **more):
+    torch.save({"format": "apotfx-checkpoint", "version": 1, **content(small(), ema=small().state_dict()), **more}, path)
+
+
+def test_a_checkpoint_of_version_1_is_read(tmp_path):
+    save_version_1(tmp_path / "best.pt", ema=None, val_acc=50.0, epoch=3)
+    best = read_checkpoint(tmp_path / "best.pt")
+    assert equal(best.state, small().state_dict()) and best.resume is None
+    assert best.best == {"val_acc": 50.0, "epoch": 3}
+
+    buffers = [torch.rand(4, 1, 3, 3), torch.rand(4)]
+    training = {key: value for key, value in TRAINING.items() if key not in ("momentum", "made_with")}
+    training["optimizer"] = {"state": {i: {"momentum_buffer": b} for i, b in enumerate(buffers)}, "param_groups": []}
+    training["random"] = {**TRAINING["random"], "cuda": [], "python": list(random.getstate()[1])}
+    save_version_1(tmp_path / "checkpoint.pt", **training)
+    last = read_checkpoint(tmp_path)
+    assert equal(last.resume["momentum"], dict(enumerate(buffers))) and not last.made_with
+    assert equal(last.resume["random"], TRAINING["random"])
+    for change in ({"optimizer": 3}, {"optimizer": {"state": {0: 3}}}, {"random": {"torch": 1}}, {"version": "1"}):
+        save_version_1(tmp_path / "checkpoint.pt", **(training | change))
+        with pytest.raises(ApotfxError, match="damaged or made by hand"):
+            read_checkpoint(tmp_path)

@@ -17,7 +17,8 @@ from apotfx.training.recipes import RECIPES, settings_of
         ({"bit": 9}, "--bit 9: expected 2 to 8, or 32"),
         ({"bit": 1}, "--bit 1: expected 2 to 8, or 32"),
         ({"train_images": 0}, "--train-images 0: expected at least 2"),
-        ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"epochs": 0}, "--epochs 0: expected 1 to 1000000"),
+        ({"image_size": 10**9}, "--image-size 1000000000: expected 1 to 4096"),
         ({"batch_size": 1}, "--batch-size 1: expected at least 2"),
         ({"lr": 0.0}, "--lr 0.0: expected more than 0"),
         ({"lr": float("nan")}, "--lr nan: expected more than 0"),
@@ -42,8 +43,25 @@ def test_round_trip():
 
 
 def test_an_unknown_key_is_named():
-    with pytest.raises(ApotfxError, match="here: unknown key 'learning_rate'"):
+    with pytest.raises(ApotfxError, match="here: unknown key 'learning_rate'; another version wrote it"):
         TrainConfig.from_dict({"learning_rate": 1.0}, "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 2.0), ("epochs", True), ("lr", "0.1"), ("lr", float("nan")), ("ema", None), ("amp", 1), ("arch", 3),
+        ("arch", "a\nb"), ("teacher", "x"), ("teacher", [1]), ("policy", []), ("image_size", "8"), ("pretrained", 1),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(key, value):
+    with pytest.raises(ApotfxError, match=f"^here: {key} is a {type(value).__name__}, which it cannot be"):
+        TrainConfig.from_dict({key: value}, "here")
+
+
+def test_a_policy_that_is_none_is_named():
+    with pytest.raises(ApotfxError, match="^here: policy: expected one key `rules`"):
+        TrainConfig.from_dict({"policy": {"rules": []}}, "here")
 
 
 def test_the_published_recipe_is_the_published_one():

@@ -1,3 +1,6 @@
+import io
+import itertools
+import os
 import pickle
 import socket
 import struct
@@ -362,6 +365,124 @@ def test_grayscale_files_become_rgb(tmp_path):
     write_images(tmp_path, ("train", "test"))
     Image.new("L", (30, 30), 99).save(tmp_path / "test" / "cat" / "0.png")
     assert load_dataset("folder", tmp_path).test.images[0].unique().tolist() == [99]
+
+
+def pixels_of(image, tmp_path, name="0.png", **options):
+    """What becomes of an image of 30x30 pixels or of a file's content: uint8 [3, 30, 30]."""
+    write_images(tmp_path, ("train", "test"), count=10)
+    (tmp_path / "test" / "cat" / "0.png").unlink()
+    path = tmp_path / "test" / "cat" / name
+    path.write_bytes(image) if isinstance(image, bytes) else image.save(path, **options)
+    return load_dataset("folder", tmp_path).test.images[0]
+
+
+def gray(values, tmp_path, name):
+    """The gray values, [30, 30], of an image with these."""
+    pixels = pixels_of(Image.fromarray(values), tmp_path, name)
+    assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+    return pixels[0]
+
+
+RAMP = np.linspace(0, 1, 900).reshape(30, 30)
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tiff"])
+def test_of_16_bits_the_upper_8_are_kept(tmp_path, name):
+    values = (RAMP * 65535).round().astype(np.uint16)
+    assert torch.equal(gray(values, tmp_path, name), torch.from_numpy(values // 256).to(torch.uint8))
+
+
+def test_floats_from_0_to_1_are_scaled(tmp_path):
+    got = gray(RAMP.astype(np.float32), tmp_path, "0.tiff")
+    assert torch.equal(got, torch.from_numpy((RAMP.astype(np.float32) * 255).round()).to(torch.uint8))
+
+
+@pytest.mark.parametrize("values, reason", [
+    (RAMP.astype(np.float32) * 255, "floats from 0 to 255; expected 0 to 1"),
+    (RAMP.astype(np.float32) - 0.5, "floats from -0.5 to 0.5; expected 0 to 1"),
+    (np.where(RAMP == 1, np.nan, RAMP).astype(np.float32), "floats from nan to nan; expected 0 to 1"),
+    ((RAMP * 255).astype(np.int32), "integers of 32 bits; expected 8 or 16"),
+], ids=["to 255", "negative", "NaN", "integers"])  # fmt: skip
+def test_pixels_of_unknown_brightness_are_refused(tmp_path, values, reason):
+    with pytest.raises(ApotfxError, match=rf"test/cat/0.tiff cannot be decoded \({reason}\); replace or delete it"):
+        gray(values, tmp_path, "0.tiff")
+
+
+def test_a_palette_is_looked_up(tmp_path):
+    image = Image.new("P", (30, 30), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    assert pixels_of(image, tmp_path).flatten(1).unique(dim=1).tolist() == [[10], [200], [30]]
+
+
+@pytest.mark.parametrize("mode, color, options, expected", [
+    ("RGBA", (200, 100, 0, 0), {}, [255, 255, 255]), ("RGBA", (200, 100, 0, 255), {}, [200, 100, 0]),
+    ("RGBA", (0, 0, 0, 51), {}, [204, 204, 204]), ("LA", (100, 0), {}, [255] * 3), ("LA", (100, 255), {}, [100] * 3),
+    ("P", 0, {"transparency": 0}, [255] * 3), ("RGB", (1, 2, 3), {"transparency": (1, 2, 3)}, [255] * 3),
+    ("L", 7, {"transparency": 7}, [255] * 3), ("L", 7, {"transparency": 8}, [7] * 3),
+], ids=itertools.count())  # fmt: skip
+def test_behind_transparent_pixels_is_white(tmp_path, mode, color, options, expected):
+    image = Image.new(mode, (30, 30), color)
+    if mode == "P":
+        image.putpalette([9, 9, 9])
+    assert pixels_of(image, tmp_path, **options).flatten(1).unique(dim=1).flatten().tolist() == expected
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    image = Image.new("CMYK", (30, 30), (0, 255, 255, 0))
+    red, green, blue = pixels_of(image, tmp_path, "0.tiff").flatten(1).float().mean(1).tolist()
+    assert red > 200 and green < 50 and blue < 50
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
+def test_images_are_turned_as_exif_says(tmp_path, mode):
+    image = Image.new(mode, (30, 30))
+    image.paste(65535 if mode == "I;16" else (255,) * len(mode), (0, 0, 30, 10))  # above
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise by 90 degrees: what was above is at the right
+    pixels = pixels_of(image, tmp_path, exif=exif)
+    assert (pixels[:, :, 20:] == 255).all() and (pixels[0, :, :20] == (255 if mode == "RGBA" else 0)).all()
+
+
+@pytest.mark.parametrize("name", ["0.webp", "0.tiff"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
+    first, second = Image.new("RGB", (30, 30), (0, 0, 0)), Image.new("RGB", (30, 30), (255, 255, 255))
+    options = {"lossless": True} if name == "0.webp" else {}
+    assert not pixels_of(first, tmp_path, name, save_all=True, append_images=[second], **options).any()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "BMP"])
+def test_a_truncated_image_is_named(tmp_path, format):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format)
+    content = buffer.getvalue()
+    with pytest.raises(ApotfxError, match=r"test/cat/0.png cannot be decoded \(.+\); replace or delete it"):
+        pixels_of(content[: len(content) * 2 // 3], tmp_path)
+
+
+def test_an_image_that_is_a_line_is_refused(tmp_path):
+    with pytest.raises(
+        ApotfxError, match=r"test/cat/0.png cannot be decoded \(4000x30 pixels; expected sides at most 100:1"
+    ):
+        pixels_of(Image.new("L", (4000, 30)), tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("what", ["pipe", "device", "absent"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, what, workers):
+    path = write_images(tmp_path) / "train" / "dog" / "5.png"
+    path.unlink()
+    os.mkfifo(path) if what == "pipe" else path.symlink_to("/dev/zero" if what == "device" else "nowhere")
+    reason = "No such file or directory" if what == "absent" else "not a file"
+    with pytest.raises(ApotfxError, match=rf"^{path} cannot be decoded \(.*{reason}.*\); replace or delete it$"):
+        load_dataset("folder", tmp_path, workers=workers)
+
+
+def test_a_file_of_mnist_that_is_too_large_is_not_read(tmp_path):
+    path = write_idx(tmp_path) / "train-images-idx3-ubyte"
+    os.truncate(path, 2**40)
+    with pytest.raises(ApotfxError, match=f"^{path}: has 1099511627776 bytes; put the original file there"):
+        load_dataset("mnist", tmp_path)
 
 
 def test_folder_needs_a_directory():

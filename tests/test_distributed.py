@@ -1,14 +1,18 @@
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from apotfx.errors import ApotfxError
+from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.distributed import Processes, pick_device
 
 ROOT = Path(__file__).parents[1]
@@ -107,22 +111,27 @@ def free_port():
         return s.getsockname()[1]
 
 
+@contextmanager
+def started(*command, processes=2, cwd=None):
+    """torchrun, whose output can be read; it and its workers are gone after the block."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [str(part) for part in (*launcher, "--master-port", free_port(), *command)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=env, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def torchrun(*command, processes=2, cwd=None):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(free_port()),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=env, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    with started(*command, processes=processes, cwd=cwd) as process:
+        printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
 
 
 def test_two_processes_give_the_gradients_and_statistics_of_one(tmp_path):
@@ -161,14 +170,67 @@ def test_training_on_two_processes_equals_training_on_one(tmp_path):
     ]  # fmt: skip
     states = []
     for processes in (1, 2):
-        done = torchrun(*command, "--name", processes, processes=processes, cwd=tmp_path)
-        assert len(re.findall("^test acc", done.stdout, re.MULTILINE)) == 1  # only one process reports
-        states.append(torch.load(tmp_path / "runs" / str(processes) / "checkpoint.pt", weights_only=True))
-    one, two = (state["model"] for state in states)
+        printed = torchrun(*command, "--name", processes, processes=processes, cwd=tmp_path)
+        assert len(re.findall("^test acc", printed, re.MULTILINE)) == 1  # only one process reports
+        states.append(read_checkpoint(tmp_path / "runs" / str(processes)).resume["model"])
+    one, two = states
     for name in one:
         torch.testing.assert_close(
             two[name].float(), one[name].float(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+TRAINING = "--arch mlp --dataset digits --bit 4 --epochs 8 --batch-size 200 --train-images 600".split()
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.nightly)])
+def test_a_worker_that_dies_ends_all_and_the_run_resumes_to_the_same_weights(victim, tmp_path):
+    train = [ROOT / "tools" / "train.py", "--device", "cpu", "-p", 1]
+    torchrun(*train, *TRAINING, "--name", "whole", cwd=tmp_path)
+    with started(*train, *TRAINING, "--name", "part", cwd=tmp_path) as launcher:
+        workers = wait_for_workers(launcher, "epoch 3 step")
+        os.kill(workers[victim], signal.SIGKILL)
+        began = time.monotonic()
+        rest = launcher.communicate(timeout=60)[0]
+        assert launcher.returncode == 1 and time.monotonic() - began < 30  # 2.5 seconds on two busy cores
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    if victim == 1:  # of the others the first one tells
+        assert "train.py: error: process 0 of 2: another one has ended; continue the run with --resume" in rest
+    torchrun(*train, "--resume", "runs/part", cwd=tmp_path)
+    whole, part = (read_checkpoint(tmp_path / "runs" / name) for name in ("whole", "part"))
+    assert whole.best == part.best
+    for key in ("model", "ema", "momentum", "random"):
+        a, b = whole.resume[key], part.resume[key]
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), key
+
+
+def wait_for_workers(launcher, text):
+    """The processes of the workers, by rank, once one of them has printed `text`."""
+    seen = []
+    for line in launcher.stdout:
+        seen.append(line)
+        if text in line:
+            break
+    else:
+        raise AssertionError("".join(seen))
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {int(environment(pid)["RANK"]): int(pid) for pid in children if "RANK" in environment(pid)}
+    return [ranks[0], ranks[1]]
+
+
+def environment(pid):
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def test_a_mistake_on_one_process_is_told_once(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x").touch()
+    with started(ROOT / "tools" / "train.py", *TRAINING, "--name", "x", cwd=tmp_path) as launcher:
+        printed = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    assert printed.count("train.py: error: ") == 1 and "--name x: runs/x exists" in printed
+    assert printed.count("Traceback (most recent call last)") == 1  # torchrun's own, of two workers with exit code 2
 
 
 def test_one_process_needs_no_group():

@@ -1,6 +1,5 @@
 """The whole way: the README's own code, and the published networks."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train
 from torch import nn
 
 import apotfx
@@ -59,19 +59,12 @@ def test_a_published_checkpoint_at_other_bits_is_refused(published_root, mnist_r
     monkeypatch.chdir(tmp_path)
     path = published_root / "resnet10_4bit" / "model_best.pth.tar"
     command = ["--arch", "resnet10", "-e", "--pretrained", path, "--data", mnist_root, "--name", "x"]
-    assert train_command().main([*map(str, command), "--bit", "3"]) == 2
+    assert train.main([*map(str, command), "--bit", "3"]) == 2
     assert "states 99.64% on the training images, but reaches" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    assert train_command().main([*map(str, command), "--bit", "4"]) == 0
+    assert train.main([*map(str, command), "--bit", "4"]) == 0
     result = json.loads((tmp_path / "runs" / "x" / "result.json").read_text())
     assert (result["recipe"], result["epochs"], result["seed"]) == ("published", 25, None)
-
-
-def train_command():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "tools" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def python_blocks():

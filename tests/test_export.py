@@ -1,11 +1,10 @@
 """tools/export.py as a user calls it, on scikit-learn's digits."""
 
-import importlib.util
 import itertools
 import sys
-from pathlib import Path
 
 import onnx
+import export as tool
 import pytest
 import torch
 
@@ -14,10 +13,6 @@ from apotfx.training.build import build_network
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import load_dataset
 from apotfx.training.exported import export_metadata
-
-spec = importlib.util.spec_from_file_location("export_tool", Path(__file__).parents[1] / "tools" / "export.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 @pytest.fixture(scope="module")

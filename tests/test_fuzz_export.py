@@ -1,4 +1,4 @@
-"""2,000 damaged exports: each is refused with one line, or is still the network that was exported.
+"""3,000 damaged exports, of which a fifth outside of the nightly tests: each is refused with one line, or is still the network that was exported.
 
 That is claimed for every mutation that leaves some checksum wrong, and for every mutation of the manifest, or of the
 header of the weights, with valid checksums around it; only another scale of a weight, with a valid checksum, is
@@ -24,7 +24,7 @@ from apotfx import ApotfxError, calibrate, export_integer, load_integer, quantiz
 from apotfx.integer.manifest import checksum
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-COUNT = 200  # mutations of each of the ten kinds
+COUNTS = [60, pytest.param(300, marks=pytest.mark.nightly)]  # mutations of each of the ten kinds
 Files = dict[str, bytes | None]  # contents by name; None for a directory
 
 
@@ -308,10 +308,11 @@ def may_differ(mutate, files: Files, mutated: Files) -> bool:
     values_of_the_manifest_signed, values_of_a_layer_signed, header_signed, header_and_manifest_signed,
     files_and_directories, contents_all_signed,
 ], ids=lambda mutate: mutate.__name__)  # fmt: skip
-def test_a_mutated_export_is_refused_or_is_the_same_network(mutate, exports, tmp_path):
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_mutated_export_is_refused_or_is_the_same_network(count, mutate, exports, tmp_path):
     files, other, model, x, state, expected = exports
     outcomes = {"refused": 0, "equal": 0, "different": 0}
-    for seed in range(COUNT):
+    for seed in range(count):
         rng = random.Random(seed)
         while (mutated := mutate(rng, files, other)) == files:
             pass
@@ -328,4 +329,4 @@ def test_a_mutated_export_is_refused_or_is_the_same_network(mutate, exports, tmp
         assert equal or may_differ(mutate, files, mutated), f"seed {seed}: another network"
         outcomes["equal" if equal else "different"] += 1
     print(mutate.__name__, outcomes)
-    assert outcomes["refused"] > COUNT // 3, outcomes  # the mutations are no trifles
+    assert outcomes["refused"] > count // 3, outcomes  # the mutations are no trifles

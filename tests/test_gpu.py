@@ -85,7 +85,7 @@ trainer = functools.partial(test_loop.trainer, device=GPU)
 
 def states(t):
     return {
-        key: value for key, value in t.state_dict().items() if key in ("model", "ema", "optimizer", "running", "best")
+        key: value for key, value in t.state_dict().items() if key in ("model", "ema", "momentum", "running", "best")
     }
 
 

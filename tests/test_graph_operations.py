@@ -63,7 +63,6 @@ WRITING = {
     "batch_norm-position": (TF.batch_norm, (x, example(4), example(4), None, None, True)),
     "torch.batch_norm": (torch.batch_norm, (x, None, None, example(4), example(4), True, 0.1, 1e-5, True)),
     "instance_norm": (TF.instance_norm, (x, example(4), example(4))),
-    "instance_norm-off": (TF.instance_norm, (x, example(4), example(4)), {"use_input_stats": False}),
     "embedding": (TF.embedding, (torch.tensor([1]), example(3, 4)), {"max_norm": 0.1}),
     "embedding-without": (TF.embedding, (torch.tensor([1]), example(3, 4))),
     "embedding_bag": (TF.embedding_bag, (torch.tensor([[1, 2]]), example(3, 4)), {"max_norm": 0.1}),

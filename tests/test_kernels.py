@@ -461,8 +461,8 @@ def test_the_library_is_compiled_once(fresh, monkeypatch, tmp_path, cached):
     shutil.copytree(cached, tmp_path / "cache")
     (file,) = compiled_files(tmp_path / "cache")
     before = file.stat().st_mtime_ns
-    run, calls = subprocess.run, []
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: calls.append(args) or run(*args, **kwargs))
+    popen, calls = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: calls.append(args) or popen(*args, **kwargs))
     kernels.library()
     assert not calls and compiled_files(tmp_path / "cache") == [file] and file.stat().st_mtime_ns == before
     check_works()
@@ -488,7 +488,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_it(fresh, monkeypatch, tmp
 
 @needs_kernels
 def test_a_cache_without_permission_does_not_stop_it(fresh, monkeypatch, tmp_path):
-    def refuse(path, data):
+    def refuse(path, data, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(kernels, "write_atomic", refuse)
@@ -502,9 +502,83 @@ def test_a_cache_without_permission_does_not_stop_it(fresh, monkeypatch, tmp_pat
 def test_without_a_home_directory_it_compiles_anew(fresh, monkeypatch):
     for variable in ("APOTFX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: "/proc/nothing")
+    for home in ("/proc/nothing", "", "relative"):
+        monkeypatch.setenv("HOME", home)
+        assert kernels._cache_directory() is None
     kernels.library()
     check_works()
+    assert not os.path.exists("relative")
+
+
+@needs_kernels
+@pytest.mark.parametrize("variable", ["APOTFX_CACHE", "XDG_CACHE_HOME"])
+def test_a_relative_cache_is_none(variable, fresh, monkeypatch, tmp_path, cached):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("APOTFX_CACHE")
+    monkeypatch.setenv(variable, "cache")
+    shutil.copytree(cached, tmp_path / "cache")
+    monkeypatch.setattr(kernels, "_load", lambda path: path)
+    assert kernels.library().parent.parent != tmp_path / "cache"
+
+
+def open_to_others(place, how):
+    if how == "another user's":
+        os.chown(place, 12345, 12345, follow_symlinks=False)
+    else:
+        place.chmod(place.stat().st_mode | {"writable by a group": 0o020, "writable by all": 0o002}[how])
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["writable by a group", "writable by all", "another user's"])
+@pytest.mark.parametrize("what", ["file", "directory", "above"])
+def test_nothing_is_loaded_from_where_others_can_write(what, how, fresh, monkeypatch, tmp_path, cached, caplog):
+    if how == "another user's" and os.geteuid():
+        pytest.skip("only root can give files away")
+    shutil.copytree(cached, tmp_path / "cache")
+    (file,) = compiled_files(tmp_path / "cache")
+    open_to_others({"file": file, "directory": file.parent, "above": tmp_path / "cache"}[what], how)
+    loaded, load = [], kernels._load
+    monkeypatch.setattr(kernels, "_load", lambda path: loaded.append(path) or load(path))
+    kernels.library()
+    assert loaded and file not in loaded
+    assert (f"others can write in {file.parent} or above it" in caplog.text) == (what != "file")
+
+
+@needs_kernels
+def test_a_link_is_not_followed(fresh, monkeypatch, tmp_path, cached):
+    shutil.copytree(cached, tmp_path / "cache")
+    (file,) = compiled_files(tmp_path / "cache")
+    file.rename(tmp_path / "elsewhere.so")
+    file.symlink_to(tmp_path / "elsewhere.so")
+    loaded = []
+    monkeypatch.setattr(kernels, "_load", loaded.append)
+    kernels.library()
+    assert file not in loaded and not file.is_symlink()  # written anew
+
+
+@needs_kernels
+def test_the_cache_is_for_this_user_alone(fresh, tmp_path):
+    before = os.umask(0)
+    try:
+        kernels.library()
+    finally:
+        os.umask(before)
+    (file,) = compiled_files(tmp_path / "cache")
+    assert [place.stat().st_mode & 0o777 for place in (file, file.parent, tmp_path / "cache")] == [0o600, 0o700, 0o700]
+
+
+def test_a_compiler_that_hangs_is_asked_once_and_ended(fresh, monkeypatch, tmp_path):
+    script = tmp_path / "cc"
+    script.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(kernels, "SECONDS", 1)
+    with pytest.raises(kernels.Unavailable, match=rf"the C compiler {script} did not end in 1 seconds"):
+        fresh()
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    if Path("/proc/self/stat").exists():
+        assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
 
 
 @needs_kernels

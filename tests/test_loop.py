@@ -1,6 +1,14 @@
 import math
+<<<<<<< HEAD
 import random
 from dataclasses import replace
+=======
+import os
+import re
+import signal
+from dataclasses import asdict, replace
+from itertools import islice
+>>>>>>> main
 
 import numpy as np
 import pytest
@@ -9,10 +17,11 @@ from torch import nn
 
 import apotfx
 from apotfx.errors import ApotfxError
+from apotfx.training.checkpoint import read_checkpoint, save_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, Split
 from apotfx.training.distributed import Processes
-from apotfx.training.loop import Trainer, evaluate, first_non_finite
+from apotfx.training.loop import Interrupted, Trainer, evaluate, first_non_finite
 from apotfx.training.monitor import Monitor
 
 CPU = torch.device("cpu")
@@ -121,7 +130,7 @@ def whole_and_resumed(tmp_path, stop_at, device):
         fit(stopped, tmp_path / "part")
     torch.manual_seed(99)  # on which dropout does not depend
     resumed = trainer(model=network(), device=device)
-    resumed.load_state_dict(torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True))
+    resumed.load_state_dict(read_checkpoint(tmp_path / "part").resume)
     assert resumed.step == stop_at
     return whole, fit(resumed, tmp_path / "part")
 
@@ -130,10 +139,106 @@ def whole_and_resumed(tmp_path, stop_at, device):
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     whole, resumed = whole_and_resumed(tmp_path, stop_at, CPU)
     a, b = whole.state_dict(), resumed.state_dict()
-    for key in ("model", "ema", "ema_count", "optimizer", "step", "best", "running", "random"):
+    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running", "random"):
         assert equal(a[key], b[key]), key
-    best = [torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "part")]
-    assert equal(best[0]["model"], best[1]["model"])
+    best = [read_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "part")]
+    assert equal(best[0].state, best[1].state) and best[0].best == best[1].best
+
+
+def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(tmp_path):
+    whole = fit(trainer(), tmp_path / "whole")
+    stopped = trainer()
+    stopped.model.train()
+    for images, labels in islice(stopped.batches.epoch(0), 3):
+        stopped._train_step(images, labels)
+    state = stopped.state_dict()
+    state["random"] = {"torch": state["random"]["torch"], "cuda": [], "python": [1, 2, 3]}
+    state["optimizer"] = stopped.optimizer.state_dict()
+    del state["momentum"]
+    old = {"format": "apotfx-checkpoint", "version": 1, "config": asdict(CONFIG), **state}
+    (tmp_path / "part").mkdir()
+    torch.save(old, tmp_path / "part" / "checkpoint.pt")
+    resumed = trainer(model=network())
+    resumed.load_state_dict(read_checkpoint(tmp_path / "part").resume)
+    fit(resumed, tmp_path / "part")
+    a, b = whole.state_dict(), resumed.state_dict()
+    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running", "random"):
+        assert equal(a[key], b[key]), key
+
+
+def stopped_after_an_epoch(path):
+    """A trainer of one epoch that ended, and what its checkpoint holds."""
+    t = fit(trainer(replace(CONFIG, epochs=1)), path)
+    return t, read_checkpoint(path)
+
+
+@pytest.mark.parametrize("state", ["missing", "older"])
+def test_a_kill_between_the_checkpoint_and_the_best_weights_costs_nothing(tmp_path, state):
+    t, checkpoint = stopped_after_an_epoch(tmp_path)
+    expected = read_checkpoint(tmp_path / "best.pt")
+    (tmp_path / "best.pt").unlink()
+    if state == "older":
+        older = {"model": t.model.state_dict(), "best": {"val_acc": 0.0, "epoch": 1}}
+        save_checkpoint(tmp_path / "best.pt", t._identity() | older)
+    resumed = trainer(replace(CONFIG, epochs=1))
+    resumed.load_state_dict(checkpoint.resume)
+    resumed.require_best(tmp_path)
+    found = read_checkpoint(tmp_path / "best.pt")
+    assert equal(found.state, expected.state) and found.best == expected.best == checkpoint.best
+
+
+def test_best_weights_that_are_lost_are_told(tmp_path):
+    t, _ = stopped_after_an_epoch(tmp_path)
+    t.step, t.best = t.step + 1, t.best | {"epoch": 2}
+    for what in ("is of epoch 1", "is missing"):
+        with pytest.raises(ApotfxError, match=f"best.pt: {what}, checkpoint.pt beside it says epoch 2; put it back"):
+            t.require_best(tmp_path)
+        (tmp_path / "best.pt").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 11}, "here: is at step 11 of 10; it is of another training"),
+        ({"momentum": {"9.weight": torch.ones(1)}}, "here: the momentum of 9.weight does not fit"),
+        ({"momentum": {"0.weight": torch.ones(1)}}, "here: the momentum of 0.weight does not fit"),
+        ({"momentum": {99: torch.ones(1)}}, "here: the momentum of 99 does not fit"),
+        ({"model": {}}, "here: 0.weight is absent, the network has (4, 1, 3, 3)"),
+        ({"ema": {"x": torch.ones(1)}}, "here: 0.weight is absent"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_training_is_refused(change, message):
+    t = trainer()
+    with pytest.raises(ApotfxError, match=re.escape(message)):
+        t.load_state_dict(t.state_dict() | change, "here")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_after_the_step_and_saves(tmp_path, number):
+    t = trainer()
+    step = t._train_step
+
+    def signalled_step(images, labels):
+        step(images, labels)
+        if t.step == 7:
+            os.kill(os.getpid(), number)
+
+    t._train_step = signalled_step
+    with pytest.raises(Interrupted, match="step 7"):
+        fit(t, tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run").resume["step"] == 7
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        t = trainer()
+        step = t._train_step
+        t._train_step = lambda *args: (step(*args), os.kill(os.getpid(), signal.SIGHUP))
+        assert fit(t, tmp_path / "run").step == t.total_steps
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Noisy(nn.Module):

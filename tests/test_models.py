@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -8,6 +10,7 @@ from apotfx.errors import ApotfxError
 from apotfx.models import build_model, list_models
 from apotfx.models.resnet import CIFAR_RESNETS, MNIST_RESNETS
 from apotfx.models.small import SMALL
+from apotfx.models.zoo import _build
 
 
 def build(arch, in_channels=1, num_classes=10, image_size=28):
@@ -194,3 +197,32 @@ def test_unknown_network_that_resembles_none():
 def test_a_network_that_takes_no_size():
     with pytest.raises(ApotfxError, match=r"torchvision/maxvit_t takes none of the image sizes \[225, 299\]"):
         build("torchvision/maxvit_t", image_size=225)
+
+
+@pytest.mark.parametrize("arch, sizes", [
+    ("mlp", {"image_size": 65536}), ("mlp", {"image_size": 2**31 - 1, "in_channels": 65536}), ("vit", {"image_size": 65536}),
+    ("vgg7", {"image_size": 65536, "num_classes": 65536}),
+], ids=itertools.count())  # fmt: skip
+def test_a_network_beyond_the_memory_is_refused_before_it_takes_any(arch, sizes):
+    with pytest.raises(ApotfxError, match=f"^{arch} for .* classes and .* pixels has .* parameters, expected at most"):
+        build(arch, **sizes)
+
+
+def test_the_number_of_parameters_may_be_limited():
+    model, _ = build_model("resnet10", in_channels=1, num_classes=10, image_size=28)
+    count = sum(p.numel() for p in model.parameters())
+    build_model("resnet10", in_channels=1, num_classes=10, image_size=28, max_parameters=count)
+    with pytest.raises(ApotfxError, match=f"has {count} parameters, expected at most {count - 1}"):
+        build_model("resnet10", in_channels=1, num_classes=10, image_size=28, max_parameters=count - 1)
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "vit", "torchvision/mobilenet_v3_small", "torchvision/regnet_x_400mf"])
+def test_weights_are_drawn_once(arch):
+    """Whatever is found out about a network before, its weights are those of its first draw."""
+    torch.manual_seed(3)
+    model, size = build_model(arch, in_channels=3, num_classes=10, image_size=32)
+    torch.manual_seed(3)
+    again, _ = _build(arch, 3, 10, 32)
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert model.training

@@ -1,7 +1,10 @@
 import copy
 import dataclasses
+import itertools
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -433,7 +436,7 @@ def test_a_file_that_is_no_policy_is_refused(data, message, tmp_path):
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ApotfxError, match=r"absent.yaml: cannot be read \(No such file or directory\); check the path"):
         BitPolicy.from_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(ApotfxError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ApotfxError, match="is not a file; expected one to read; check the path"):
         BitPolicy.from_yaml(tmp_path)
 
 
@@ -541,3 +544,63 @@ def test_what_the_data_says_stands_beside_what_the_graph_says():
 def test_what_the_data_cannot_say(ranges, message):
     with pytest.raises(ApotfxError, match=message):
         resolve(BitPolicy.default(4), LAYERS).with_observed(ranges)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("rules:\n- {bits: 4, bits: 3}", "the key 'bits' twice"),
+    ("rules:\n- {bits: 4}\nrules:\n- {bits: 3}", "the key 'rules' twice"),
+    (LAUGHS + "rules: *j", "more than 100000 values"), ("rules: &a [*a]", "nested more than 32 deep, or in itself"),
+    ("rules: " + "[" * 33 + "]" * 33, "nested more than 32 deep"), ("- " * 500_000, "nested too deeply"),
+    ("[" * 500_000, "more than 100000 values"), ("rules:\n" + "- {}\n" * 60_000, "more than 100000 values"),
+    ("rules:\n- {bits: " + "9" * 65 + "}", "a number of 65 characters"),
+    ("rules:\n- {bits: 1" + ":01" * 30_000 + "}", "a number of 90001 characters"),
+    ("rules:\n- {name: " + "a" * 100_000 + "}", "a text of 100000 characters"),
+    ("rules:\n- {bits: 2001-99-99}", "month must be in 1..12"), ("rules: *" + "a" * 100_000, "found undefined alias 'aaa"),
+    ("rules: !!python/object/apply:os.mkdir [pwned]", "could not determine a constructor"),
+    ("rules: \0", "unacceptable character #x0000"), (b"\xff\xfer", "'utf-8' codec can't decode byte 0xff"),
+    ("a\n---\nb", "expected a single document in the stream"),
+], ids=itertools.count())  # fmt: skip
+def test_hostile_yaml_is_refused_at_once_and_in_one_short_line(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ApotfxError, match=rf"^policy file p.yaml: not YAML \({re.escape(message)}") as error:
+        BitPolicy.from_yaml("p.yaml")
+    assert str(error.value).isprintable() and len(str(error.value)) < 400 and os.listdir() == ["p.yaml"]
+
+
+@pytest.mark.parametrize("rules, message", [
+    ("- {scheme: " + "x" * 60_000 + "}", "scheme 'xxx"), ("- {" + "x" * 900 + ": 1}", "unknown key 'xxx"),
+    ("- {kernel_size: [" + "1, " * 5000 + "a]}", "kernel_size"), ("- {regex: '" + "(" * 5000 + "'}", "is not a regular"),
+    ("- {regex: '" + "(" * 9000 + ")" * 9000 + "'}", "is not a regular"), ("- {regex: 'a{99999999999}'}", "is not a regular"),
+    ("- {name: [" + ", ".join(f"a{i}" for i in range(6000)) + "], bits: [" + "4, " * 6000 + "]}", "more than 5000 rules"),
+    ("- " + "x" * 60_000, "expected keys and values"),
+], ids=itertools.count())  # fmt: skip
+def test_no_error_prints_an_unbounded_value(rules, message, tmp_path):
+    (tmp_path / "p.yaml").write_text(f"rules:\n{rules}\n")
+    with pytest.raises(ApotfxError, match=message) as error:
+        BitPolicy.from_yaml(tmp_path / "p.yaml")
+    assert str(error.value).isprintable() and len(str(error.value)) < 800
+
+
+def test_aliases_and_merged_keys_may_be_used(tmp_path):
+    (tmp_path / "p.yaml").write_text("rules:\n- &first {bits: 3, scheme: uniform}\n- {<<: *first, bits: 5}\n")
+    first, second = BitPolicy.from_yaml(tmp_path / "p.yaml").rules
+    assert (first.weight_bits, second.weight_bits, second.scheme) == (3, 5, "uniform")
+
+
+def test_a_policy_of_many_layers_is_read(tmp_path):
+    policy = BitPolicy(tuple(Rule(name=f"layer{i}.conv", weight_bits=2 + i % 7) for i in range(300)))
+    policy.to_yaml(tmp_path / "p.yaml")
+    assert BitPolicy.from_yaml(tmp_path / "p.yaml") == policy
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(make, tmp_path):
+    make(tmp_path / "p.yaml")
+    with pytest.raises(ApotfxError, match="policy file .*p.yaml: is not a file"):
+        BitPolicy.from_yaml(tmp_path / "p.yaml")

@@ -1,10 +1,9 @@
 """tools/ptq.py."""
 
-import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
 
+import ptq
 import pytest
 import torch
 from helpers import table_rows
@@ -15,10 +14,6 @@ from apotfx.training.build import build_float
 from apotfx.training.checkpoint import save_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import eval_batches, load_dataset
-
-spec = importlib.util.spec_from_file_location("ptq", Path(__file__).parents[1] / "tools" / "ptq.py")
-ptq = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ptq)
 
 
 def batches(dataset, split):
@@ -117,9 +112,9 @@ def test_a_policy_decides_per_layer(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--bit", "9"], "--bit 9: expected 2 to 8, separated by commas"),
-        (["--bit", "4,"], "--bit : expected 2 to 8"),
-        (["--scheme", "apot,float"], "--scheme float: expected one of apot, pot, uniform, separated by commas"),
+        (["--bit", "9"], "argument --bit: got '9', expected one of 2, 3, 4, 5, 6, 7, 8"),
+        (["--bit", "4,"], "argument --bit: got '4,', expected a list such as a,b"),
+        (["--scheme", "apot,float"], "argument --scheme: got 'float', expected one of apot, pot, uniform"),
         (["--images", "1"], "--images 1: expected 2 to"),
         (["--images", "2000"], "--images 2000: expected 2 to"),
         (["--method", "max"], "calibration method 'max': unknown; choose one of mse, minmax, percentile, paper"),

@@ -211,7 +211,7 @@ def test_the_integers_of_an_absorbed_rectifier_are_the_same(name, tmp_path):
 
 
 def test_an_export_with_another_rectifier_is_refused(tmp_path):
-    path = export_integer(quantize(Acting(nn.ReLU6()), POLICY), tmp_path / "export")
+    path = export_integer(calibrate(quantize(Acting(nn.ReLU6()), POLICY), [images()]), tmp_path / "export")
     for other in (nn.ReLU(), nn.Sigmoid(), nn.Hardtanh(0, 1)):
         with pytest.raises(ApotfxError, match="export"):
             load_integer(path, Acting(other))

@@ -1,19 +1,13 @@
 """tools/sizes.py."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import safetensors.torch
+import sizes
 import torch
 from torch import nn
 
 from apotfx import BitPolicy, Rule
 from apotfx.models import build_model
-
-spec = importlib.util.spec_from_file_location("sizes", Path(__file__).parents[1] / "tools" / "sizes.py")
-sizes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sizes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as TF
 import torchvision
-from helpers import num_hooks
 from torch import nn
 
 from apotfx import ApotfxError, BitPolicy, Rule, quantize, summary
@@ -244,6 +243,10 @@ def test_networks_of_several_inputs(inputs):
     assert summary(quantize(Sum(), BitPolicy((Rule(),))), inputs).macs == 3 * 8
 
 
+def hooks(model):
+    return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+
+
 def test_the_model_stays_as_it_is():
     torch.manual_seed(0)
     qmodel = quantize(
@@ -252,19 +255,19 @@ def test_the_model_stays_as_it_is():
     qmodel.train()
     qmodel.get_submodule("1").eval()
     modes = [module.training for module in qmodel.modules()]
-    state, hooks = copy.deepcopy(qmodel.state_dict()), num_hooks(qmodel)
+    state, before = copy.deepcopy(qmodel.state_dict()), hooks(qmodel)
     summary(qmodel, images())
     assert [module.training for module in qmodel.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in qmodel.state_dict().items())
-    assert num_hooks(qmodel) == hooks
+    assert hooks(qmodel) == before
     assert all(parameter.grad is None for parameter in qmodel.parameters())
 
 
 def test_the_model_stays_as_it_is_when_inputs_do_not_fit(qmodel):
-    hooks = num_hooks(qmodel)
+    before = hooks(qmodel)
     with pytest.raises(RuntimeError):
         summary(qmodel.train(), torch.ones(2, 4, 8, 8))
-    assert qmodel.training and num_hooks(qmodel) == hooks
+    assert qmodel.training and hooks(qmodel) == before
 
 
 def test_a_model_on_the_meta_device():

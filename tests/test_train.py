@@ -1,6 +1,5 @@
 """tools/train.py as a user calls it, on scikit-learn's digits."""
 
-import importlib.util
 import json
 import os
 import random
@@ -15,20 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import train
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import apotfx
 from apotfx.models import build_model
+from apotfx.training.checkpoint import read_checkpoint
 from apotfx.training.data import load_dataset
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "tools" / "train.py"
 QUICK = ["--arch", "resnet10", "--dataset", "digits", "--image-size", "16"]
-
-spec = importlib.util.spec_from_file_location("train", TRAIN)
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +39,10 @@ def call(*flags):
 
 
 def load(path):
-    return torch.load(path, weights_only=True)
+    """The weights in a checkpoint; of `checkpoint.pt`, with those that are averaged."""
+    checkpoint = read_checkpoint(path)
+    averaged = checkpoint.resume["model"] if checkpoint.resume else {}
+    return checkpoint.state | {f"averaged {name}": tensor for name, tensor in averaged.items()}
 
 
 def same(a, b):
@@ -133,7 +133,7 @@ def test_the_events_of_a_run_show_what_quantization_does(run_4_bit):
 def test_a_run_is_repeatable(run_4_bit):
     assert call("--bit", 4, "--epochs", 2, "--name", "again", "--seed", 3) == 0
     for name in ("best.pt", "checkpoint.pt"):
-        assert same(load(run_4_bit / name)["model"], load(Path("runs/again") / name)["model"])
+        assert same(load(run_4_bit / name), load(Path("runs/again") / name))
 
 
 def test_evaluate_agrees_with_the_run_and_leaves_it_alone(run_4_bit, capsys):
@@ -157,6 +157,44 @@ def test_a_run_stopped_before_its_result_still_gets_it(run_4_bit):
     times = {"seconds_by_part": {}}
     assert results[0]["seconds_by_part"].keys() == results[1]["seconds_by_part"].keys()
     assert results[0] | times == results[1] | times
+
+
+def test_a_resumed_run_says_what_it_cannot_keep(run_4_bit, capsys):
+    shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train.main(["--resume", "run"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    consequence = "an uninterrupted run may end with other bits, though not another quality"
+    note = f"note: goes on with threads {threads + 1} (before: {threads})"
+    assert re.search(rf"^{re.escape(note)}.*; {consequence}$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_evaluating_a_run_takes_the_weights_that_it_exports():
+    # As above, the second epoch is worse than the first.
+    assert call("--bit", 4, "--epochs", 2, "--name", "r", "--lr", 2, "--ema", 0, "--schedule", "constant") == 0
+    result = json.loads(Path("runs/r/result.json").read_text())
+    for name, resume, prefix in (("best", "runs/r", ""), ("last", "runs/r/checkpoint.pt", "last_")):
+        assert train.main(["-e", "--resume", resume, "--name", name]) == 0
+        again = json.loads(Path(f"runs/{name}/result.json").read_text())
+        assert again["test_acc"] == result[f"{prefix}test_acc"]
+    exports = [Path(f"runs/{name}/integer/weights.safetensors").read_bytes() for name in ("r", "best", "last")]
+    assert exports[0] == exports[1] and (exports[0] == exports[2]) == (result["best_epoch"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "evaluated", "other"),
+    [
+        ("", "best.pt, the weights of the best epoch, [12], which are exported; the last", "checkpoint.pt"),
+        ("checkpoint.pt", "checkpoint.pt, the last weights; the best epoch's", "best.pt"),
+    ],
+)
+def test_which_weights_of_a_run_are_evaluated_is_told(path, evaluated, other, run_4_bit, capsys):
+    assert train.main(["-e", "--resume", str(run_4_bit / path)]) == 0
+    line = f"^evaluating {run_4_bit}/{evaluated}: -e --pretrained {run_4_bit}/{other}$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_policy_of_its_own_is_named_as_such(capsys):
@@ -210,7 +248,7 @@ def test_float_then_teacher_then_lower_bits(run_float):
     assert (
         call("--bit", 2, "--name", "2", "--epochs", 1, "--lr", 1e-9, "--ema", 0, "--pretrained", "runs/4/best.pt") == 0
     )
-    four, two = (load(f"runs/{bits}/best.pt")["model"] for bits in (4, 2))
+    four, two = (load(f"runs/{bits}/best.pt") for bits in (4, 2))
     for name in (
         "layer1.0.conv1.weight",
         "layer1.0.conv1.input_quantizer.clip",
@@ -221,7 +259,14 @@ def test_float_then_teacher_then_lower_bits(run_float):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--amp"], ["--recipe", "published"], ["--recipe", "best"], ["--train-images", "200"], ["--schedule", "step", "--label-smoothing", "0.1"], ["--profile"]],
+    [
+        ["--amp"],
+        ["--recipe", "published"],
+        ["--recipe", "best"],
+        ["--train-images", "200"],
+        ["--schedule", "step", "--label-smoothing", "0.1"],
+        ["--profile"],
+    ],
     ids=lambda flags: flags[0],
 )
 def test_other_ways_to_train(flags):
@@ -293,8 +338,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(how, uninterrupted):
     _, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, err
     whole, part = (load(path / "checkpoint.pt") for path in (uninterrupted, Path("runs/part")))
-    assert same(whole["model"], part["model"]) and same(whole["ema"], part["ema"])
-    assert same(load(uninterrupted / "best.pt")["model"], load("runs/part/best.pt")["model"])
+    assert same(whole, part)
+    assert same(load(uninterrupted / "best.pt"), load("runs/part/best.pt"))
     steps = [
         [event.step for event in EventAccumulator(str(path)).Reload().Scalars("val/accuracy")]
         for path in (uninterrupted, Path("runs/part"))
@@ -318,10 +363,10 @@ class Bomb:
         ("--arch resnet9", "unknown network 'resnet9'"),
         ("--dataset imagenet", "unknown data set 'imagenet'"),
         ("--scheme log", "--scheme log: expected one of apot, pot, uniform"),
-        ("--bit 1", "--bit 1: expected 2 to 8, or 32"),
+        ("--bit 1", "argument --bit: got '1', expected one of 2, 3, 4, 5, 6, 7, 8, 32"),
         ("--scheme pot --bit 5", "layer layer1.0.conv1 .*pot at 5 bits unsigned"),
         ("--power 0 --scheme apot", "--power 0 means --scheme uniform"),
-        ("--lr 0", "--lr 0.0: expected more than 0"),
+        ("--lr 0", "argument --lr: got '0', expected a finite number above 0"),
         ("--gpu 77", "--device cuda:77: this machine has"),
         ("--policy missing.yaml", "policy file missing.yaml: cannot be read"),
         ("--policy bad.yaml", "policy file bad.yaml: not YAML"),
@@ -349,22 +394,29 @@ class Bomb:
         ("--batch-size 5000", "--batch-size 5000: expected 1 to"),
         ("--name taken", "--name taken: runs/taken exists"),
         ("--name ../elsewhere", "--name '../elsewhere': expected the name of a directory in runs"),
-        ("--print-freq 0", "--print-freq 0: expected at least 1"),
-        ("-j -1", "--workers -1: expected at least 0"),
-        ("--seed -1", "--seed -1: expected 0 to"),
+        ("--print-freq 0", "argument -p/--print-freq: got '0', expected a whole number of at least 1"),
+        ("-j -1", "argument -j/--workers: got '-1', expected a whole number of at least 0"),
+        ("--seed -1", "argument --seed: got '-1', expected a whole number of at least 0"),
         ("--pretrained flipped.pt", "checkpoint flipped.pt: damaged"),
         (
             "--teacher float.pt",
             "--teacher float.pt: was trained with --image-size 16, the student with --image-size 20",
         ),
-        ("--resume without-best", "--resume without-best: best.pt is missing"),
+        ("--name runs\nb", r"--name runs\\nb: expected printable characters in UTF-8, without line breaks"),
+        ("--name \udcff", r"--name \\udcff: expected printable characters in UTF-8"),
+        (f"--name {'x' * 256}", "--name x+...: expected at most 255 bytes between slashes"),
+        (f"--name {'/'.join(['y' * 200] * 20)}", "--name y+...: expected a path of at most 3796 bytes"),
+        ("--name taken/b", "runs/taken/b: lies in the run .*/runs/taken;"),
+        ("--name folder", "--name folder: runs/folder exists"),
+        ("-e --resume run --pretrained best.pt", "--evaluate: --resume and --pretrained name two networks"),
+        ("-e --resume run --lr 0.5", "--lr: does nothing with --evaluate"),
+        ("-e --pretrained best.pt --profile", "--profile: does nothing with --evaluate"),
     ],
 )
 def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, capsys):
     shutil.copytree(run_4_bit, "finished")
     shutil.copytree(run_4_bit, "run", ignore=shutil.ignore_patterns("result.json"))
     shutil.copy(run_4_bit / "best.pt", "best.pt")
-    shutil.copytree("run", "without-best", ignore=shutil.ignore_patterns("best.pt"))
     shutil.copy(run_float / "best.pt", "float.pt")
     data = bytearray(Path("best.pt").read_bytes())
     data[len(data) // 2] ^= 255
@@ -374,7 +426,8 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, cap
     Path("bad.yaml").write_text("rules: [}")
     Path("key.yaml").write_text("rules:\n- {bitz: 4}\n")
     Path("nothing.yaml").write_text("rules:\n- {name: 'encoder.*', bits: 4}\n- {bits: 4}\n")
-    Path("runs/taken").mkdir(parents=True)
+    shutil.copytree("run", "runs/taken")
+    shutil.copytree("run", "runs/folder/a")
     raw = Path("corrupt/MNIST/raw")
     raw.mkdir(parents=True)
     for name in (
@@ -387,7 +440,7 @@ def test_bad_input_gets_one_clear_line(flags, message, run_4_bit, run_float, cap
     before = sorted(path for path in Path().rglob("*"))
 
     size = ["--image-size", "20"] if "teacher float" in flags else []
-    assert call(*flags.split(), *size) == 2
+    assert call(*flags.split(" "), *size) == 2
     error = capsys.readouterr().err.strip()
     assert re.match(f"train.py: error: .*{message}", error)
     assert "\n" not in error
@@ -399,7 +452,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_exits_2(run_4_bit):
     code = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); "
-        f"sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+        f"sys.path.insert(0, {str(TRAIN.parent)!r}); sys.argv = ['train.py', *sys.argv[1:]]; "
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *QUICK, "--epochs", "1", "--name", "full"]
     done = subprocess.run(

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import verify as tool
 import torch
 from helpers import MIXED, Conv1dNet, Conv3dNet, Net, data, needs_bytes, policy, trained
 from torch import nn
@@ -30,9 +30,6 @@ from apotfx.training.data import load_dataset
 from apotfx.training.exported import export_metadata
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("verify_tool", ROOT / "tools" / "verify.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 # Counting.
@@ -522,8 +519,8 @@ def test_many_alterations_are_cut_short(run, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--images", "0"], "--images 0: expected 1 to 360"), (["--images", "361"], "--images 361: expected 1 to 360"),
-    (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    (["--images", "0"], "argument --images: got '0', expected a whole number of at least 1; see --help"), (["--images", "361"], "--images 361: expected 1 to 360"),
+    (["--batch-size", "0"], "argument -b/--batch-size: got '0', expected a whole number of at least 1; see --help"),
 ], ids=" ".join)  # fmt: skip
 def test_wrong_numbers_give_2(flags, message, finished, capsys):
     assert call(finished, *flags) == 2

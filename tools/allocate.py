@@ -15,15 +15,67 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
+
+import arguments as arg
+from command_line import Parser, run_tool
+
+BUDGETS = ("size", "macs")
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("allocate.py", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "checkpoint", type=arg.name, metavar="CKPT", help="a float network that tools/train.py --bit 32 trained"
+    )
+    p.add_argument(
+        "--average-bits", type=arg.above_0, default=4.0, metavar="B", help="the budget (default %(default)g)"
+    )
+    p.add_argument(
+        "--budget",
+        type=arg.one_of(BUDGETS),
+        default="size",
+        help=f"{' or '.join(BUDGETS)}: bits per weight, or bit operations per multiply-accumulate (default %(default)s)",
+    )
+    p.add_argument(
+        "--schemes", type=arg.some_of(arg.SCHEMES), default="apot,uniform", help="to choose from (default %(default)s)"
+    )
+    p.add_argument(
+        "--bits",
+        type=arg.some_of(arg.BITS),
+        default=",".join(map(str, arg.BITS)),
+        help="to choose from (default %(default)s)",
+    )
+    p.add_argument("--separate", action="store_true", help="let weight and input of a layer have different bits")
+    p.add_argument("--allocate-ends", action="store_true", help="count first and last layer too, else 8-bit uniform")
+    p.add_argument(
+        "--images", type=arg.positive, default=1024, metavar="N", help="training images to measure on (default 1024)"
+    )
+    p.add_argument("-b", "--batch-size", type=arg.positive, default=32, help="(default %(default)s)")
+    p.add_argument("--seed", type=arg.seed, default=0, help="of the images (default %(default)s)")
+    p.add_argument(
+        "--output", type=arg.output, required=True, metavar="FILE", help="the policy, for tools/train.py --policy"
+    )
+    p.add_argument("--plot", type=arg.path, metavar="FILE", help=f"the trade-off; {', '.join(PLOT_FORMATS)}")
+    p.add_argument("--data", type=arg.output, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
+    p.add_argument("--device", type=arg.name, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code; see `run_tool`."""
+    return run_tool("allocate", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
 
 import torch
 from tabulate import tabulate
 
-from apotfx.allocation import BUDGETS, Allocation, Option, all_equal, allocate, predicted_loss, trade_off
+from apotfx.allocation import Allocation, Option, all_equal, allocate, predicted_loss, trade_off
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
-from apotfx.levels import MAX_BITS, MIN_BITS
 from apotfx.graph.passes import plan
 from apotfx.sensitivity import Sensitivity, measure
 from apotfx.training.augment import Augment
@@ -31,32 +83,6 @@ from apotfx.training.build import build_float
 from apotfx.training.checkpoint import load_state, read_checkpoint
 from apotfx.training.data import TrainBatches, load_dataset
 from apotfx.training.distributed import pick_device
-
-PLOT_FORMATS = (".png", ".svg", ".pdf")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("checkpoint", metavar="CKPT", help="a float network that tools/train.py --bit 32 trained")
-    p.add_argument("--average-bits", type=float, default=4.0, metavar="B", help="the budget (default %(default)g)")
-    p.add_argument(
-        "--budget",
-        default="size",
-        help=f"{' or '.join(BUDGETS)}: bits per weight, or bit operations per multiply-accumulate (default %(default)s)",
-    )
-    p.add_argument("--schemes", default="apot,uniform", help="to choose from (default %(default)s)")
-    bits = ",".join(map(str, range(MIN_BITS, MAX_BITS + 1)))
-    p.add_argument("--bits", default=bits, help="to choose from (default %(default)s)")
-    p.add_argument("--separate", action="store_true", help="let weight and input of a layer have different bits")
-    p.add_argument("--allocate-ends", action="store_true", help="count first and last layer too, else 8-bit uniform")
-    p.add_argument("--images", type=int, default=1024, metavar="N", help="training images to measure on (default 1024)")
-    p.add_argument("-b", "--batch-size", type=int, default=32, help="(default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the images (default %(default)s)")
-    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="the policy, for tools/train.py --policy")
-    p.add_argument("--plot", type=Path, metavar="FILE", help=f"the trade-off; {', '.join(PLOT_FORMATS)}")
-    p.add_argument("--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
-    p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    return p
 
 
 def measured_layers(args: argparse.Namespace, schemes: list[str], bits: list[int]):
@@ -81,13 +107,6 @@ def measured_layers(args: argparse.Namespace, schemes: list[str], bits: list[int
     loss = functools.partial(torch.nn.functional.cross_entropy, reduction="none")
     some = islice(batches.epoch(0), args.images // args.batch_size)
     return model, measure(model.to(device), some, loss, schemes=schemes, bits=bits, seed=args.seed)
-
-
-def choices(flag: str, text: str, kind: type) -> list:
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise ApotfxError(f"{flag} {text}: expected numbers with commas between them") from None
 
 
 def require_writable(args: argparse.Namespace) -> None:
@@ -182,9 +201,7 @@ def silent_solver() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> None:
     require_writable(args)
-    schemes, bits = choices("--schemes", args.schemes, str), sorted(choices("--bits", args.bits, int))
-    if args.budget not in BUDGETS:
-        raise ApotfxError(f"--budget {args.budget}: expected {' or '.join(BUDGETS)}")
+    schemes, bits = args.schemes, sorted(args.bits)
     model, layers = measured_layers(args, schemes, bits)
     settings = {"budget": args.budget, "separate": args.separate, "ends": args.allocate_ends}
     with silent_solver():
@@ -199,18 +216,3 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         write_atomic(args.plot, draw(chosen, curve, equal, args.budget, args.plot.suffix[1:]))
         print(f"trade-off: {args.plot}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except (ApotfxError, OSError) as error:
-        print(f"allocate.py: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import shlex
 import warnings
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torchvision
+from arguments import one_of, positive, some_of, usable_cores  # noqa: F401 (tools/zoo.py imports them from here)
 from tabulate import tabulate
 from torch import nn
 
@@ -152,11 +152,6 @@ def ratio_quartiles(seconds: Sequence[float], base: Sequence[float]) -> tuple[fl
     return quartiles([mine / other for mine, other in zip(seconds, base)])
 
 
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe_machine(device: str, threads: int | list[int]) -> dict:
     """What the figures depend on."""
     packages = {"torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -217,32 +212,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ApotfxError(f"{message}; see --help")
-
-
-def positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
-def one_of(known: Sequence) -> Callable[[str], object]:
-    def parse(text: str) -> object:
-        found = [name for name in known if str(name) == text]
-        if not found:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(map(str, known))}")
-        return found[0]
-
-    return parse
-
-
-def several(parse: Callable[[str], object]) -> Callable[[str], list]:
-    def parse_all(text: str) -> list:
-        if not all(text.split(",")):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a list such as a,b")
-        return list(dict.fromkeys(map(parse, text.split(","))))
-
-    return parse_all
-
-
-def some_of(known: Sequence) -> Callable[[str], list]:
-    return several(one_of(known))

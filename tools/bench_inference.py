@@ -26,16 +26,11 @@ from bench_common import (
     describe_machine,
     import_or_skip,
     markdown,
-    one_of,
-    positive,
     print_skipped,
     quartiles,
     ratio_quartiles,
-    several,
-    some_of,
     spread,
     time_in_turns,
-    usable_cores,
 )
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
@@ -45,7 +40,6 @@ import apotfx
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.onednn import ByteLayer, Pointwise, what_onednn_lacks
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 
 BATCHES = {"mnist-resnet18": [1, 256]}
 USUAL_BATCHES = [1, 16]
@@ -441,29 +435,3 @@ def run_inference(args: argparse.Namespace) -> None:
     cases = [case for network in networks.values() for case in network["cases"]]
     if cases:
         print_summary(cases)
-
-
-def add_parser(commands) -> None:
-    """Add `inference` to the subparsers of argparse."""
-    inference = commands.add_parser("inference", help="the exported network", description=(
-        "Time the integer network of every backend, and float and 8-bit networks of PyTorch and onnxruntime, in turns, "
-        f"and print Markdown. {BASE} always runs, as the ratios, per round, refer to it."
-    ))  # fmt: skip
-    threads = list(range(1, min(2, usable_cores()) + 1))
-    add = inference.add_argument
-    # fmt: off
-    add("--network", metavar="A,B", type=some_of(NETWORKS), default=["resnet18", "mnist-resnet18"],
-        help=f"of {', '.join(NETWORKS)} (default resnet18,mnist-resnet18)")
-    add("--variants", metavar="A,B", type=some_of(MODES), help=f"of {', '.join(MODES)} (default all)")
-    add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=4, help="2 to 8 (default 4)")
-    add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="apot",
-        help=f"one of {', '.join(SCHEMES)} (default apot)")
-    add("--batch", metavar="N,N", type=several(positive), help="images (default 1,16; mnist-resnet18: 1,256)")
-    add("--image-size", metavar="N", type=positive, help="in pixels (default: the network's)")
-    add("--threads", metavar="N,N", type=several(positive), default=threads,
-        help=f"of PyTorch and onnxruntime (default {','.join(map(str, threads))})")
-    add("--rounds", metavar="N", type=positive, default=15, help="samples of each variant (default 15)")
-    add("--warmup", metavar="N", type=positive, default=3, help="inferences before them (default 3)")
-    add("--json", metavar="FILE", type=Path, help="write every figure there")
-    # fmt: on
-    inference.set_defaults(run=run_inference)

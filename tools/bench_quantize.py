@@ -3,7 +3,6 @@
 import argparse
 import gc
 import time
-from pathlib import Path
 
 import torch
 import torchvision
@@ -14,16 +13,12 @@ from bench_common import (
     build_stack,
     describe_machine,
     markdown,
-    one_of,
-    positive,
     quartiles,
-    several,
 )
 from torch import nn
 
 import apotfx
 from apotfx.graph.network import record_of
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 
 NETWORK = "resnet152"
 WIDTH = 16
@@ -80,22 +75,3 @@ def run_quantize(args: argparse.Namespace) -> None:
         "layer. Where CPU time is shorter, other programs ran beside.\n"
     )
     print(markdown(["network", "layers", "seconds", "quartiles", "microseconds per layer", "seconds of CPU"], rows))
-
-
-def add_parser(commands) -> None:
-    """Add `quantize` to the subparsers of argparse."""
-    quantize = commands.add_parser("quantize", help="the call of quantize", description=(
-        f"Time apotfx.quantize on torchvision's {NETWORK} and on chains of more and more layers, and print Markdown."
-    ))  # fmt: skip
-    add = quantize.add_argument
-    # fmt: off
-    add("--layers", metavar="N,N", type=several(positive), default=LAYERS,
-        help=f"of the chains (default {','.join(map(str, LAYERS))})")
-    add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=4, help="2 to 8 (default 4)")
-    add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="apot",
-        help=f"one of {', '.join(SCHEMES)} (default apot)")
-    add("--threads", metavar="N", type=positive, default=1, help="(default 1)")
-    add("--rounds", metavar="N", type=positive, default=5, help="calls that are timed (default 5)")
-    add("--json", metavar="FILE", type=Path, help="write every figure there")
-    # fmt: on
-    quantize.set_defaults(run=run_quantize)

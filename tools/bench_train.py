@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from bench_common import (
-    MEMORY_FORMATS,
     NETWORKS,
     SEED,
     Case,
@@ -28,22 +27,17 @@ from bench_common import (
     import_or_skip,
     markdown,
     milliseconds,
-    one_of,
-    positive,
     print_skipped,
     quartiles,
     ratio_quartiles,
-    some_of,
     spread,
     time_in_turns,
-    usable_cores,
 )
 from torch import nn
 
 import apotfx
 from apotfx.engine import choose, use_engine
 from apotfx.errors import ApotfxError
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.training.distributed import pick_device
 from apotfx.training.recording import CALLS_BEFORE, Recorded
 
@@ -312,10 +306,13 @@ def in_fresh_process(what: str, case: Case, variant: Variant, **environment: str
 
 def run_fresh(args: argparse.Namespace) -> None:
     """What `in_fresh_process` starts."""
-    job = json.loads(args.job)
-    case = Case(**job["case"])
+    try:
+        job = json.loads(args.job)
+        what, case, variant = FRESH[job["what"]], Case(**job["case"]), Variant(**job["variant"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ApotfxError("fresh: expected the job that bench.py train makes; call that") from None
     torch.set_num_threads(case.threads)
-    print(json.dumps(FRESH[job["what"]](case, Variant(**job["variant"]))))
+    print(json.dumps(what(case, variant)))
 
 
 def memory_of(case: Case, variant: Variant) -> dict:
@@ -447,42 +444,3 @@ def run_train(args: argparse.Namespace) -> None:
         variant = Variant(own_engine(args), args.bits[0], args.scheme[0])
         report.parts["growth"][axis] = bench_growth(axis, make_case("stack", args), variant, args)
         report.save()
-
-
-def add_parsers(commands) -> None:
-    """Add `train`, and `fresh`, which it calls, to the subparsers of argparse."""
-    train = commands.add_parser("train", help="a training step", description=(
-        "Time a training step (zero_grad, forward, cross entropy, backward, SGD with momentum) of every variant, in "
-        "turns, and print Markdown. float always runs, as the ratios, per round, refer to it."
-    ))  # fmt: skip
-    slow = " and ".join(name for name, mode in MODES.items() if mode.compile)
-    add = train.add_argument
-    # fmt: off
-    add("--network", metavar="A,B", type=some_of(NETWORKS), default=[name for name in NETWORKS if name != "stack"],
-        help=f"of {', '.join(NETWORKS)}, which is 8 plain convolutions of 64 channels (default all but that)")
-    add("--variants", metavar="A,B", type=some_of(MODES),
-        help=f"of {', '.join(MODES)} (default all but {slow}, which compile for minutes; for several levels the fastest "
-             "engine)")
-    add("--bits", metavar="N,N", type=some_of(range(MIN_BITS, MAX_BITS + 1)), default=[4], help="2 to 8 (default 4)")
-    add("--scheme", metavar="A,B", type=some_of(SCHEMES), default=["apot"],
-        help=f"of {', '.join(SCHEMES)} (default apot); brevitas and torch.ao are uniform")
-    add("--batch", metavar="N", type=positive, help="images per step (default: the network's)")
-    add("--image-size", metavar="N", type=positive, help="in pixels (default: the network's)")
-    add("--memory-format", metavar="NAME", type=one_of(MEMORY_FORMATS), default="channels-last",
-        help=f"of convolutional networks: {' or '.join(MEMORY_FORMATS)} (default channels-last)")
-    add("--threads", metavar="N", type=positive, default=min(2, usable_cores()), help="(default 2)")
-    add("--rounds", metavar="N", type=positive, default=15, help="steps that are timed (default 15)")
-    add("--warmup", metavar="N", type=positive, default=3, help="steps before them (default 3)")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    add("--memory", action="store_true", help="measure the peak of memory too, each in 3 fresh processes, median")
-    add("--first-step", action="store_true",
-        help="measure the first step too, each in a fresh process, with an empty and a filled cache of compiled code")
-    add("--growth", action="store_true",
-        help="measure how time and memory of stack grow with batch, width, depth and bits, in float and with the "
-             "fastest engine")
-    add("--json", metavar="FILE", type=Path, help="write every figure there")
-    # fmt: on
-    train.set_defaults(run=run_train)
-    fresh = commands.add_parser("fresh")
-    fresh.add_argument("job")
-    fresh.set_defaults(run=run_fresh)

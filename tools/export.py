@@ -9,6 +9,47 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import arguments as arg
+from command_line import Parser, run_tool
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("export.py", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "path",
+        type=arg.path,
+        metavar="RUN_OR_EXPORT",
+        help="a run's directory, or its export (integer/ in it or a copy)",
+    )
+    p.add_argument("--format", required=True, choices=("onnx", "c"))
+    p.add_argument(
+        "--output",
+        type=arg.path,
+        help="new file (onnx) or directory (c); default integer.onnx or integer-c beside the export",
+    )
+    p.add_argument(
+        "--flavour",
+        choices=("exact", "qdq"),
+        help="of onnx: exact equals the network in every bit, but for layers that are left in float (default); qdq, for "
+        "uniform levels, is what the 8-bit paths of other runtimes recognise",
+    )
+    p.add_argument(
+        "--data",
+        type=arg.path,
+        metavar="DIR",
+        help="existing data: compare the ONNX file in onnxruntime on the test images",
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0; 1 if an exact file computes something else; otherwise as `run_tool` has it."""
+    return run_tool("export", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
+
 from tabulate import tabulate
 from torch import Tensor, fx
 
@@ -21,32 +62,8 @@ from apotfx.training.exported import Exported, open_export
 BATCH_SIZE = 250
 
 
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("path", metavar="RUN_OR_EXPORT", help="a run's directory, or its export (integer/ in it or a copy)")
-    p.add_argument("--format", required=True, choices=("onnx", "c"))
-    p.add_argument(
-        "--output",
-        type=Path,
-        help="new file (onnx) or directory (c); default integer.onnx or integer-c beside the export",
-    )
-    p.add_argument(
-        "--flavour",
-        choices=("exact", "qdq"),
-        help="of onnx: exact equals the network in every bit, but for layers that are left in float (default); qdq, for "
-        "uniform levels, is what the 8-bit paths of other runtimes recognise",
-    )
-    p.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="existing data: compare the ONNX file in onnxruntime on the test images",
-    )
-    return p
-
-
-def run(args: argparse.Namespace) -> bool:
-    """Whether the results are equal, where that was asked for and is to be expected."""
+def run(args: argparse.Namespace) -> int:
+    """1 if the results differ, where they were asked for and are to be equal; else 0."""
     if args.format == "c" and (args.flavour or args.data):
         raise ApotfxError(f"{'--flavour' if args.flavour else '--data'}: is for --format onnx")
     exported = open_export(args.path)
@@ -56,7 +73,8 @@ def run(args: argparse.Namespace) -> bool:
     WRITERS[args.format](network, output, exported, args)
     size = sum(file.stat().st_size for file in (output.rglob("*") if output.is_dir() else [output]))
     print(f"{output}: {size:,} bytes")
-    return images is None or compare(network, output, images) or args.flavour == "qdq"
+    equal = images is None or compare(network, output, images)
+    return 0 if equal or args.flavour == "qdq" else 1
 
 
 def write_onnx(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
@@ -105,17 +123,3 @@ def report(comparison: NetworkComparison) -> str:
 def differing(tallies: list[Tally]) -> str:
     compared = sum(tally.compared for tally in tallies)
     return f"{sum(tally.differing for tally in tallies)} of {compared}" if compared else "-"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0; 1 if an exact file computes something else; 2 for a user's mistake or a failing disk."""
-    args = make_parser().parse_args(argv)
-    try:
-        return 0 if run(args) else 1
-    except (ApotfxError, OSError) as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,21 +8,65 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+import arguments as arg
+from command_line import Parser, run_tool
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("ptq.py", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "checkpoint",
+        type=arg.name,
+        help="of a float network: best.pt, checkpoint.pt or the directory of a --bit 32 run",
+    )
+    p.add_argument(
+        "--bit", type=arg.some_of(arg.BITS), default="8,5,4", help="2 to 8, separated by commas (default %(default)s)"
+    )
+    p.add_argument(
+        "--scheme",
+        type=arg.some_of(arg.SCHEMES),
+        default="uniform,apot",
+        help=f"of {', '.join(arg.SCHEMES)} (default %(default)s)",
+    )
+    p.add_argument(
+        "--policy", type=arg.name, metavar="FILE", help="YAML file with rules per layer, in place of --bit and --scheme"
+    )
+    p.add_argument("--images", type=arg.positive, default=1024, help="training images to calibrate on (default 1024)")
+    p.add_argument(
+        "--method", type=arg.name, default="mse", help=f"of calibration: {', '.join(arg.CALIBRATIONS)} (default mse)"
+    )
+    p.add_argument("--percentile", type=arg.percent, default=99.9, help="for that method (default 99.9)")
+    after = p.add_mutually_exclusive_group()
+    after.add_argument("--reestimate-bn", action="store_true", help="batch-norm statistics anew, from the same images")
+    after.add_argument("--correct-bias", action="store_true", help="keep mean outputs; for networks without batch norm")
+    p.add_argument("--dataset", type=arg.name, help=f"one of {', '.join(arg.DATASETS)} (default: that of the run)")
+    p.add_argument("--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA or data/")
+    p.add_argument("--seed", type=arg.seed, default=0, help="of the choice of images (default 0)")
+    p.add_argument("--json", type=arg.output, metavar="FILE", help="write the table's numbers here too")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code; see `run_tool`."""
+    return run_tool("ptq", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from apotfx.calibrate import METHODS, calibrate, correct_biases, reestimate_batch_norms
+from apotfx.calibrate import calibrate, correct_biases, reestimate_batch_norms
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import BitPolicy
 from apotfx.graph.passes import quantize
 from apotfx.training.build import build_float
 from apotfx.training.checkpoint import load_state, read_checkpoint
-from apotfx.training.data import DATASETS, Dataset, Split, eval_batches, load_dataset
+from apotfx.training.data import Dataset, Split, eval_batches, load_dataset
 from apotfx.training.distributed import Processes
 from apotfx.training.loop import evaluate
 
@@ -30,38 +74,11 @@ BATCH_SIZE = 128
 DEVICE = torch.device("cpu")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("checkpoint", help="of a float network: best.pt, checkpoint.pt or the directory of a --bit 32 run")
-    p.add_argument("--bit", default="8,5,4", help=f"{MIN_BITS} to {MAX_BITS}, separated by commas (default 8,5,4)")
-    p.add_argument("--scheme", default="uniform,apot", help=f"of {', '.join(SCHEMES)} (default uniform,apot)")
-    p.add_argument("--policy", metavar="FILE", help="YAML file with rules per layer, in place of --bit and --scheme")
-    p.add_argument("--images", type=int, default=1024, help="training images to calibrate on (default 1024)")
-    p.add_argument("--method", default="mse", help=f"of calibration: {', '.join(METHODS)} (default mse)")
-    p.add_argument("--percentile", type=float, default=99.9, help="for that method (default 99.9)")
-    after = p.add_mutually_exclusive_group()
-    after.add_argument("--reestimate-bn", action="store_true", help="batch-norm statistics anew, from the same images")
-    after.add_argument("--correct-bias", action="store_true", help="keep mean outputs; for networks without batch norm")
-    p.add_argument("--dataset", help=f"one of {', '.join(DATASETS)} (default: that of the run)")
-    p.add_argument("--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA or data/")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of images (default 0)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the table's numbers here too")
-    return p
-
-
 def policies(args: argparse.Namespace) -> dict[str, BitPolicy]:
     """The policies to try, by what the table calls them."""
     if args.policy is not None:
         return {args.policy: BitPolicy.from_yaml(args.policy)}
-    chosen = {}
-    for scheme in args.scheme.split(","):
-        if scheme not in SCHEMES:
-            raise ApotfxError(f"--scheme {scheme}: expected one of {', '.join(SCHEMES)}, separated by commas")
-        for bit in args.bit.split(","):
-            if not bit.isdecimal() or not MIN_BITS <= int(bit) <= MAX_BITS:
-                raise ApotfxError(f"--bit {bit}: expected {MIN_BITS} to {MAX_BITS}, separated by commas")
-            chosen[f"{bit}-bit {scheme}"] = BitPolicy.default(int(bit), scheme)
-    return chosen
+    return {f"{bit}-bit {scheme}": BitPolicy.default(bit, scheme) for scheme in args.scheme for bit in args.bit}
 
 
 def calibration_split(dataset: Dataset, num_images: int, seed: int) -> Split:
@@ -116,19 +133,8 @@ def table(result: dict) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["left", "right", "right"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
-    args = make_parser().parse_args(argv)
-    try:
-        result = measure(args)
-        print(table(result))
-        if args.json is not None:
-            write_atomic(args.json, json.dumps(result, indent=1).encode())
-        return 0
-    except (ApotfxError, OSError) as error:
-        print(f"ptq.py: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: argparse.Namespace) -> None:
+    result = measure(args)
+    print(table(result))
+    if args.json is not None:
+        write_atomic(args.json, json.dumps(result, indent=1).encode())

@@ -9,12 +9,32 @@ import sys
 import tempfile
 from pathlib import Path
 
+import arguments as arg
+from command_line import Parser, run_tool
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("sizes.py", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "--arch", type=arg.name, default="torchvision/resnet18", help="as in tools/train.py, at ImageNet size"
+    )
+    p.add_argument("--scheme", choices=["apot", "uniform"], default="apot", help="of all layers but first and last")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code; see `run_tool`."""
+    return run_tool("sizes", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
+
 import safetensors.torch
 from tabulate import tabulate
 from torch import fx, nn
 
 import apotfx
-from apotfx.errors import ApotfxError
 from apotfx.integer.manifest import WEIGHTS
 from apotfx.layers import QuantLayer
 from apotfx.levels import MAX_BITS, MIN_BITS
@@ -39,7 +59,7 @@ def least_bytes(model: nn.Module, qmodel: fx.GraphModule) -> int:
 
 def size(model: nn.Module, policy: apotfx.BitPolicy) -> tuple[int, int]:
     """(bytes of the exported weights, bytes that the bits allow); neither depends on training."""
-    qmodel = apotfx.quantize(model, policy)
+    qmodel = apotfx.calibrate(apotfx.quantize(model, policy), [], method="paper")
     with tempfile.TemporaryDirectory() as directory:
         path = apotfx.export_integer(qmodel, Path(directory) / "export")
         return (path / WEIGHTS).stat().st_size, least_bytes(model, qmodel)
@@ -56,21 +76,5 @@ def sizes(arch: str, scheme: str) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["right"] * 5)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a user's mistake or a failing disk."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="torchvision/resnet18", help="as in tools/train.py, at ImageNet size")
-    parser.add_argument(
-        "--scheme", choices=["apot", "uniform"], default="apot", help="of all layers but first and last"
-    )
-    args = parser.parse_args(argv)
-    try:
-        print(sizes(args.arch, args.scheme))
-        return 0
-    except (ApotfxError, OSError) as error:
-        print(f"sizes.py: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: argparse.Namespace) -> None:
+    print(sizes(args.arch, args.scheme))

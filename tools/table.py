@@ -14,59 +14,61 @@ import sys
 import time
 from contextlib import nullcontext
 
-import train
-from bench_common import Parser, markdown, positive, several, some_of
-from table_report import read_rows, require_packages, with_spread, write_report
-from table_runs import (
-    ABLATIONS,
-    FLOAT,
-    LocalExecutor,
-    RayExecutor,
-    Run,
-    TableDirectory,
-    execute,
-    parse_flags,
-    with_needed,
-)
+import arguments as arg
+from command_line import Parser, run_tool
 
-from apotfx.errors import ApotfxError
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
-from apotfx.models import require_known
-from apotfx.policy import FLOAT_BITS
-from apotfx.training.config import TrainConfig
-from apotfx.training.data import load_dataset
-from apotfx.training.recipes import RECIPES
-
-
-def seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
-    return int(text)
+ABLATIONS = (
+    "best-no-distillation", "best-no-lowering", "best-no-normalization", "best-fixed-clips", "best-no-ema",
+    "best-same-bits", "best-per-channel",
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("table.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = p.add_argument_group("rows, lists with commas")
-    what.add_argument("--archs", type=several(str), default="resnet18,resnet10", help="networks")
+    what.add_argument("--archs", type=arg.several(arg.name), default="resnet18,resnet10", help="networks")
     what.add_argument(
-        "--bits", type=some_of([*range(MIN_BITS, MAX_BITS + 1), FLOAT_BITS]), default="5,4,3,2",
-        help=f"2 to 8, or {FLOAT_BITS} for float",
+        "--bits", type=arg.some_of([*arg.BITS, arg.FLOAT_BITS]), default="5,4,3,2",
+        help=f"2 to 8, or {arg.FLOAT_BITS} for float",
     )  # fmt: skip
-    what.add_argument("--schemes", type=some_of(SCHEMES), default="apot,uniform", help=", ".join(SCHEMES))
+    what.add_argument("--schemes", type=arg.some_of(arg.SCHEMES), default="apot,uniform", help=", ".join(arg.SCHEMES))
     what.add_argument(
-        "--recipes", type=some_of([*RECIPES, *ABLATIONS]), default="default", help=", ".join([*RECIPES, *ABLATIONS])
+        "--recipes",
+        type=arg.some_of([*arg.RECIPES, *ABLATIONS]),
+        default="default",
+        help=", ".join([*arg.RECIPES, *ABLATIONS]),
     )
-    what.add_argument("--seeds", type=several(seed), default="0,1,2", help="a training for each")
+    what.add_argument("--seeds", type=arg.several(arg.seed), default="0,1,2", help="a training for each")
     how = p.add_argument_group("running")
-    how.add_argument("--name", default="table", help="of the directory in runs/")
+    how.add_argument("--name", type=arg.name, default="table", help="of the directory in runs/")
     how.add_argument(
-        "--jobs", type=positive, help="at once on this machine or on each GPU (default: a core each, or 1)"
+        "--jobs", type=arg.whole(1, 1024), help="at once on this machine or on each GPU (default: a core each, or 1)"
     )
-    how.add_argument("--address", help="of a Ray cluster to run on, or local: one on this machine")
+    how.add_argument("--address", type=arg.name, help="of a Ray cluster to run on, or local: one on this machine")
     how.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
     how.add_argument("--report", action="store_true", help="only write the table of what is finished")
     how.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of tools/train.py, for all trainings")
     return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 1 if a training failed, otherwise as `run_tool` has it."""
+    return run_tool("table", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
+
+import train
+from bench_common import markdown
+from table_report import read_rows, require_packages, with_spread, write_report
+from table_runs import FLOAT, LocalExecutor, RayExecutor, Run, TableDirectory, execute, parse_flags, with_needed
+
+from apotfx.errors import ApotfxError
+from apotfx.models import require_known
+from apotfx.policy import FLOAT_BITS
+from apotfx.training.config import TrainConfig
+from apotfx.training.data import load_dataset
 
 
 def matrix(args: argparse.Namespace) -> list[Run]:
@@ -99,8 +101,18 @@ def shared_settings(flags: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
     return train.make_config(train.explicit_settings(args)), args
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Do what `args` ask for; False if a training failed."""
+def run(args: argparse.Namespace) -> int:
+    """1 if a training failed, else 0."""
+    # What a shell starts in the background ignores SIGINT, and so would the trainings, which are stopped with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return carry_out(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+
+
+def carry_out(args: argparse.Namespace) -> int:
     shared, flags = shared_settings(args.flags)
     table = TableDirectory(args.name, args.flags)
     wanted = with_needed(matrix(args))
@@ -119,7 +131,7 @@ def run(args: argparse.Namespace) -> bool:
                 if each.policy is not None:
                     print(f"# {table.policy_path(each)} is written before this one is trained")
                 print(f"python tools/train.py {shlex.join(table.flags_now(each))}")
-            return True
+            return 0
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished", flush=True)
         require_packages()
         failures = {}
@@ -140,7 +152,7 @@ def run(args: argparse.Namespace) -> bool:
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"written to {table.path}")
-    return not failures
+    return 1 if failures else 0
 
 
 def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespace) -> dict[str, str]:
@@ -156,24 +168,3 @@ def train_all(missing: list[Run], table: TableDirectory, args: argparse.Namespac
         minutes = (time.perf_counter() - began) / 60
         print(f"[{number}/{len(missing)}, {minutes:.1f} min] {each.name}: {failure or 'finished'}", flush=True)
     return failures
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 if a training failed, 2 for a user's mistake or a failing disk, 130 when stopped."""
-    # What a shell starts in the background ignores SIGINT, and so would the trainings, which are stopped with it.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        args = make_parser().parse_args(argv)
-        args.argv = sys.argv[1:] if argv is None else argv
-        return 0 if run(args) else 1
-    except (ApotfxError, OSError) as error:
-        print(f"table.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

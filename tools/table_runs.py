@@ -24,11 +24,11 @@ from typing import Protocol
 import torch
 import train
 import yaml
-from bench_common import usable_cores
+from arguments import usable_cores
 
 from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
-from apotfx.policy import FLOAT_BITS, BitPolicy
+from apotfx.policy import FLOAT_BITS, BitPolicy, parse_yaml
 from apotfx.training.config import TrainConfig
 from apotfx.training.recipes import RECIPES, best
 from apotfx.training.run import run_path
@@ -160,7 +160,7 @@ def read_config(run_dir: Path) -> dict:
     """What `config.yaml` says. Raises: ApotfxError: it is missing or damaged."""
 
     def parse(text: str) -> dict:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text.encode())
         arguments = TrainConfig.from_dict(content["arguments"], "arguments")
         return content | {"arguments": asdict(arguments), "policy": content["policy"]}
 

@@ -10,12 +10,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import arguments as arg
+from command_line import Parser, run_tool
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("verify.py", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "path",
+        type=arg.path,
+        metavar="RUN_OR_EXPORT",
+        help="a run's directory, or its export (integer/ in it or a copy)",
+    )
+    p.add_argument("--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
+    p.add_argument("--images", type=arg.positive, metavar="N", help="the first N test images (default: all)")
+    p.add_argument("-b", "--batch-size", type=arg.positive, default=250, help="(default %(default)s)")
+    p.add_argument(
+        "--backend",
+        default="onednn",
+        choices=arg.BACKENDS,
+        help="onednn is compared beside reference (default %(default)s)",
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 if everything is equal, 1 if anything differs, otherwise as `run_tool` has it."""
+    return run_tool("verify", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
+
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from apotfx.errors import ApotfxError
-from apotfx.integer.load import BACKENDS
 from apotfx.integer.verify import (
     Alteration,
     LayerAccumulators,
@@ -30,21 +61,6 @@ from apotfx.training.data import Split, eval_batches, load_dataset
 from apotfx.training.exported import find_export, open_export
 
 SHOWN = 20  # alterations
-
-
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("path", metavar="RUN_OR_EXPORT", help="a run's directory, or its export (integer/ in it or a copy)")
-    p.add_argument("--data", type=Path, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
-    p.add_argument("--images", type=int, metavar="N", help="the first N test images (default: all)")
-    p.add_argument("-b", "--batch-size", type=int, default=250, help="(default %(default)s)")
-    p.add_argument(
-        "--backend",
-        default="onednn",
-        choices=BACKENDS,
-        help="onednn is compared beside reference (default %(default)s)",
-    )
-    return p
 
 
 @dataclass(frozen=True)
@@ -91,18 +107,17 @@ def open_subject(path: str, data: Path | None) -> Subject:
     return Subject(export, best, network.float_model, network.qmodel.eval(), *images)
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Whether everything is equal."""
+def run(args: argparse.Namespace) -> int:
+    """1 if anything differs, else 0."""
     subject = open_subject(args.path, args.data)
     total = len(subject.test)
-    for flag, value, most in (("--images", args.images, total), ("--batch-size", args.batch_size, None)):
-        if value is not None and (value < 1 or most is not None and value > most):
-            raise ApotfxError(f"{flag} {value}: expected 1{' or more' if most is None else f' to {most}'}")
     count = args.images or total
+    if count > total:
+        raise ApotfxError(f"--images {count}: expected 1 to {total}")
     batches = subject.batches(args.batch_size, count)
     found = verify(subject.path, subject.float_model, batches, subject.qmodel, args.backend)
     print("\n".join(report(found, subject, count)))
-    return found.equal
+    return 0 if found.equal else 1
 
 
 def report(found: Verification, subject: Subject, count: int) -> Iterator[str]:
@@ -186,17 +201,3 @@ def accumulator_table(layers: list[LayerAccumulators]) -> str:
             rows[-1] += ["-", "-"] if limits is None else [f"{limits[0]} to {limits[1]}", bits]
     headers = ["layer", "products", "by levels", "bits", "by weights", "bits", "observed", "bits"]
     return tabulate(rows, headers, colalign=("left", *["right"] * 7), disable_numparse=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if everything is equal, 1 if anything differs, 2 for a user's mistake."""
-    args = make_parser().parse_args(argv)
-    try:
-        return 0 if run(args) else 1
-    except (ApotfxError, OSError) as error:
-        print(f"verify.py: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,126 +1,163 @@
 #!/usr/bin/env python
-"""Take networks through quantize, a training step, export and reload, and write a table of what became of each.
+"""Take networks through quantize, calibrate, a training step, export and reload: a table of what became of each.
 
 python tools/zoo.py
-python tools/zoo.py --list classification,timm --only "resnet*"
+python tools/zoo.py --list timm,yolo --only "*vit*" --jobs 2 --resume
 """
 
 import argparse
+import concurrent.futures
 import fnmatch
 import importlib.metadata
 import json
 import logging
 import math
 import multiprocessing
-import re
+import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import torch
-from bench_common import Parser, markdown, one_of, positive, some_of
+from bench_common import Parser, one_of, positive, some_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from zoo_init import bind
 from zoo_networks import LISTS, Subject, missing
+from zoo_noise import EQUAL, in_8_bits, signal_to_noise
+from zoo_report import is_ok, line, report
 
 import apotfx
-from apotfx.graph.network import record_of
 from apotfx.errors import ApotfxError
+from apotfx.graph.network import record_of
 from apotfx.files import write_atomic
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
-from apotfx.graph.tracing import bind, explain
+from apotfx.policy import FLOAT_BITS
 
 SEED = 0
 LEARNING_RATE = 1e-6
-PRODUCTS_OF_WEIGHTS = {"aten.convolution", "aten.addmm", "aten.mm"}
-HEADERS = [
-    "network", "input", "result", "traced", "layers quantized", "MACs, M", "quantized", "quantize, s", "total, s",
-    "equal",
-]  # fmt: skip
-EXPLANATION = """\
-Each network has random weights and passes through `quantize`, a forward and a backward pass in training mode, a step of
-SGD, `export_integer` and `load_integer`, in a process of its own.
-
-- traced: whether torch.fx could enter all of it, all but some leaves, or not its forward at all; *with example inputs*
-  where these left fewer leaves.
-- MACs: multiply-accumulates of the float network on this input in evaluation, by torch's FlopCounterMode, with padding
-  and with the products of two activations, as in attention.
-- quantized: the share of them in layers that have weight and input quantized, by `apotfx.summary`.
-- quantize, s: of `quantize` alone, the first call in its process; total, s: of everything.
-- equal: whether all outputs of the reloaded network equal those of the quantized one in every bit.
-"""
+PATIENCE = 10
+TOOLS = str(Path(__file__).parent)
 
 
-def pass_through(subject: Subject, policy: apotfx.BitPolicy, row: dict) -> Iterator[str]:
-    """Yields the name of each step before it; what it finds goes into `row`."""
-    model, inputs = subject.model, subject.inputs
-    row["input_shape"] = tree_map_only(Tensor, lambda x: list(x.shape), inputs)
-    row["parameters"] = sum(p.numel() for p in model.parameters())
-    row["macs"], row["macs_by_operator"] = sum(subject.macs.values()), dict(subject.macs)
+class Passage:
+    """A network on its way; each step puts what it finds into `row`.
 
-    yield "quantize"
-    qmodel, example_inputs = quantized(model, policy, inputs, row)
-    row |= layer_facts(qmodel)
+    Those that are `ASIDE` may fail without ending it, and an ApotfxError of those that `REFUSE` is no failure.
+    """
 
-    yield "summary"
-    row["share_of_macs_quantized"] = apotfx.summary(qmodel, inputs).quantized_macs / row["macs"]
+    STEPS = ("quantize", "trace", "calibrate", "compare", "summary", "train", "export", "reload", "equal")
+    ASIDE = ("trace", "compare", "summary", "train")
+    REFUSE = ("quantize", "calibrate", "export")
 
-    yield "train"
-    row["without_gradient"] = train_step(qmodel, inputs)
+    def __init__(self, subject: Subject, policy: apotfx.BitPolicy, row: dict, directory: Path):
+        self.model, self.inputs, self.policy, self.row, self.directory = (
+            subject.model, subject.inputs, policy, row, directory,
+        )  # fmt: skip
+        self.training = self.model.training
+        self.expected = evaluate(self.model, self.inputs)
+        self.model.train(self.training)
+        row["input_shape"] = tree_map_only(Tensor, lambda x: list(x.shape), self.inputs)
+        row["parameters"] = sum(p.numel() for p in self.model.parameters())
+        row["macs"], row["macs_by_operator"] = sum(subject.macs.values()), dict(subject.macs)
+        if not any(x.isfinite().any() and x.is_floating_point() for x in self.expected):
+            raise ValueError(f"the float network gives nothing: {len(self.expected)} outputs")
 
-    yield "evaluate"
-    expected = evaluate(qmodel, inputs)
-    with tempfile.TemporaryDirectory() as directory:
-        yield "export"
-        path = apotfx.export_integer(qmodel, Path(directory) / "export")
-        del qmodel
-        yield "reload"
-        imodel = apotfx.load_integer(path, model, example_inputs=example_inputs)
-    yield "compare"
-    row["equal_after_reload"] = False
-    require_equal(expected, evaluate(imodel, inputs))
-    row["equal_after_reload"] = True
+    def quantize(self) -> None:
+        """With example inputs if more of it can be traced with these."""
+        self.examples = None
+        try:
+            self.qmodel, self.row["seconds_quantize"] = timed(apotfx.quantize, self.model, self.policy)
+            hidden = hidden_layers(self.qmodel)
+        except ApotfxError:
+            hidden = (math.inf, math.inf)
+        if any(hidden):
+            other, seconds = timed(apotfx.quantize, self.model, self.policy, example_inputs=self.inputs)
+            if hidden_layers(other) < hidden:
+                self.qmodel, self.examples = other, self.inputs
+                self.row |= {"seconds_quantize": seconds, "example_inputs": True}
+        self.row |= layer_facts(self.qmodel)
+
+    def trace(self) -> None:
+        """With every layer left in float, the network must be the one that was handed over, in both modes."""
+        policy = apotfx.BitPolicy.default(FLOAT_BITS)
+        traced = apotfx.quantize(self.model, policy, example_inputs=self.examples)
+        self.row["exact"] = difference(self.expected, evaluate(traced, self.inputs))
+        with restored(self.model):
+            try:
+                expected = train(self.model, self.inputs)
+            except Exception as error:  # the float network cannot be trained on these inputs either
+                self.row["no_training"] = describe(error)
+                return
+        self.row["exact_training"] = difference(expected, train(traced, self.inputs))
+
+    def calibrate(self) -> None:
+        apotfx.calibrate(self.qmodel.eval(), [self.inputs])
+
+    def compare(self) -> None:
+        """With the float network, and that with the same network in 8 bits that nobody traced."""
+        self.row["snr"] = signal_to_noise(self.expected, evaluate(self.qmodel, self.inputs))
+        outputs, products = in_8_bits(self.model.eval(), self.inputs)
+        self.model.train(self.training)
+        self.row["snr_of_8_bits"] = signal_to_noise(self.expected, tensors(outputs))
+        self.row["worst_products"] = products[:3]
+
+    def summary(self) -> None:
+        self.row["share_of_macs_quantized"] = apotfx.summary(self.qmodel, self.inputs).quantized_macs / self.row["macs"]
+
+    def train(self) -> None:
+        if "no_training" not in self.row:
+            self.row["without_gradient"] = train_step(self.qmodel, self.inputs)
+
+    def export(self) -> None:
+        self.quantized = evaluate(self.qmodel, self.inputs)
+        self.path = apotfx.export_integer(self.qmodel, self.directory / "export")
+        del self.qmodel
+
+    def reload(self) -> None:
+        imodel = apotfx.load_integer(self.path, self.model.train(self.training), example_inputs=self.examples)
+        self.reloaded = evaluate(imodel, self.inputs)
+
+    def equal(self) -> None:
+        self.row["equal_after_reload"] = False
+        require_equal(self.quantized, self.reloaded)
+        self.row["equal_after_reload"] = True
 
 
-def quantized(
-    model: nn.Module, policy: apotfx.BitPolicy, inputs: Tensor | Mapping[str, Tensor], row: dict
-) -> tuple[nn.Module, Tensor | Mapping[str, Tensor] | None]:
-    """The quantized network, and the example inputs if with these more of it could be traced."""
+class Unequal(Exception):
+    """What must hold of a network does not."""
 
-    def timed(example_inputs: object) -> tuple[nn.Module, float]:
-        start = time.perf_counter()
-        qmodel = apotfx.quantize(model, policy, example_inputs=example_inputs)
-        return qmodel, time.perf_counter() - start
 
-    qmodel, row["seconds_quantize"] = timed(None)
-    if record_of(qmodel)["leaves"]:
-        other, seconds = timed(inputs)
-        if hidden_layers(other) < hidden_layers(qmodel):
-            row |= {"seconds_quantize": seconds, "example_inputs": True}
-            return other, inputs
-    return qmodel, None
+def timed(function: Callable, *args, **kwargs) -> tuple[object, float]:
+    start = time.perf_counter()
+    return function(*args, **kwargs), time.process_time()
 
 
 def hidden_layers(qmodel: nn.Module) -> tuple[int, int]:
     """(layers in float, leaves)."""
-    return sum(not planned.quantized for planned in record_of(qmodel)["plan"].layers), len(record_of(qmodel)["leaves"])
+    layers, leaves = plan_and_leaves(qmodel)
+    return sum(not planned.quantized for planned in layers), len(leaves)
 
 
 def layer_facts(qmodel: nn.Module) -> dict:
-    layers, leaves = record_of(qmodel)["plan"].layers, record_of(qmodel)["leaves"]
+    layers, leaves = plan_and_leaves(qmodel)
     unquantized = defaultdict(list)
     for planned in layers:
         if not planned.quantized:
             unquantized[planned.reason].append(planned.facts.name)
     return {
-        "traced": "no" if "" in leaves else "with leaves" if leaves else "yes",
         "layers": len(layers),
         "layers_quantized": sum(planned.quantized for planned in layers),
         "leaves": dict(leaves),
@@ -128,18 +165,70 @@ def layer_facts(qmodel: nn.Module) -> dict:
     }
 
 
-def train_step(qmodel: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[str]:
-    """One step in training mode, which also gives the clips their values; returns the parameters without gradient."""
+def plan_and_leaves(qmodel: nn.Module) -> tuple[list, Mapping[str, str]]:
+    return record_of(qmodel)["plan"].layers, record_of(qmodel)["leaves"]
+
+
+def seed_all() -> None:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(SEED)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+    seed_all()
     args, kwargs = bind(inputs)
-    outputs = [x for x in tensors(qmodel.train()(*args, **kwargs)) if x.is_floating_point()]
-    loss = sum(x.square().mean() for x in outputs)
+    return tensors(model.eval()(*args, **kwargs))
+
+
+@torch.no_grad()
+def train(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+    seed_all()
+    args, kwargs = bind(inputs)
+    return tensors(model.train()(*args, **kwargs))
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards `model` has its mode and its buffers as before."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        model.train(training)
+
+
+def tensors(outputs: object) -> list[Tensor]:
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """The signal-to-noise ratio in dB of all of `got`, 0 where its shapes are others."""
+    if [x.shape for x in expected] != [y.shape for y in got]:
+        return 0.0
+    if all(torch.equal(x, y) for x, y in zip(expected, got, strict=True)):
+        return EQUAL
+    found = signal_to_noise(expected, got)
+    return 0.0 if found is None else found
+
+
+def train_step(qmodel: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[str]:
+    """One step in training mode; returns the parameters without gradient."""
+    args, kwargs = bind(inputs)
+    outputs = [x for x in tensors(qmodel.train()(*args, **kwargs)) if x.requires_grad]
+    if not outputs:
+        raise Unequal("no output has a gradient")
+    loss = sum(x.where(x.isfinite(), 0).square().mean() for x in outputs)
     if not loss.isfinite():
-        raise ApotfxError(f"the loss is {loss.item()}")
+        raise Unequal(f"the loss is {loss.item()}")
     loss.backward()
     trained = {name: p for name, p in qmodel.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise ApotfxError(f"the gradient of {name} is not finite")
+            raise Unequal(f"the gradient of {name} is not finite")
     without = [name for name, parameter in trained.items() if parameter.grad is None]
     # Without foreach it needs no second copy of all gradients.
     torch.optim.SGD(trained.values(), lr=LEARNING_RATE, foreach=False).step()
@@ -148,50 +237,64 @@ def train_step(qmodel: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list
     return without
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
-    args, kwargs = bind(inputs)
-    return tensors(model.eval()(*args, **kwargs))
-
-
-def tensors(outputs: object) -> list[Tensor]:
-    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-
-
 def require_equal(expected: list[Tensor], got: list[Tensor]) -> None:
-    """Raises: ApotfxError: anything differs or is not finite."""
+    """Raises: Unequal: anything differs, or is no number."""
     if not expected or len(expected) != len(got):
-        raise ApotfxError(f"{len(expected)} outputs, after reload {len(got)}")
+        raise Unequal(f"{len(expected)} outputs, after reload {len(got)}")
     for i, (x, y) in enumerate(zip(expected, got, strict=True)):
-        if not x.isfinite().all():
-            raise ApotfxError(f"output {i} is not finite")
+        if x.isnan().any():
+            raise Unequal(f"output {i} is not a number")
         if x.shape != y.shape:
-            raise ApotfxError(f"output {i} has shape {list(x.shape)}, after reload {list(y.shape)}")
+            raise Unequal(f"output {i} has shape {list(x.shape)}, after reload {list(y.shape)}")
         if not torch.equal(x, y):
             count, largest = (x != y).sum(), (x.double() - y.double()).abs().max()
-            raise ApotfxError(f"output {i}: {count} of {x.numel()} values differ after reload, by up to {largest:.3g}")
+            raise Unequal(f"output {i}: {count} of {x.numel()} values differ after reload, by up to {largest:.3g}")
 
 
 def examine(list_name: str, name: str, bits: int, scheme: str, send: Callable[[dict], None]) -> None:
     """Send the row of one network again at each step, so that the last one tells where its process ended."""
-    row = {"list": list_name, "name": name, "status": "build", "package": package(list_name), "example_inputs": False}
-    start = time.perf_counter()
+    row = {"list": list_name, "name": name, "step": "build", "problems": {}, "package": package(list_name)}
+    row |= {"example_inputs": False, "seconds_of": {}}
     send(row)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as directory:
         warnings.simplefilter("always")
         try:
-            torch.manual_seed(SEED)
-            subject = LISTS[list_name].build(name)
-            for step in pass_through(subject, apotfx.BitPolicy.default(bits, scheme), row):
-                row["status"] = step
-                send(row)
-            row["status"] = "ok"
+            seed_all()
+            passage = Passage(
+                LISTS[list_name].build(name), apotfx.BitPolicy.default(bits, scheme), row, Path(directory)
+            )
         except Exception as error:  # whatever goes wrong is what the table is for
-            row["status"] += f": {one_line(error) if isinstance(error, ApotfxError) else explain(error)}"
+            row["problems"]["build"] = describe(error)
+        else:
+            row["seconds_of"]["build"] = time.process_time()
+            for step in Passage.STEPS:
+                row["step"], begin = step, time.process_time()
+                send(row)
+                try:
+                    getattr(passage, step)()
+                except Exception as error:
+                    row["problems"][step] = describe(error, step)
+                    if step not in Passage.ASIDE:
+                        break
+                row["seconds_of"][step] = time.process_time() - begin
+    row["step"] = "end"
     row["warnings"] = list(dict.fromkeys(one_line(warning.message) for warning in caught))
-    row["seconds"] = time.perf_counter() - start
+    row["seconds"] = time.process_time()
     row["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     send(row)
+
+
+def describe(error: Exception, step: str = "") -> str:
+    """One line: "refused: why" for an error that is an answer; else its type, and where it was raised."""
+    refusal = isinstance(error, ApotfxError)
+    # An error of torch that calibrate names the layer of is a wrong graph: the float network takes this input.
+    if refusal and step in Passage.REFUSE and not (step == "calibrate" and error.__cause__ is not None):
+        return f"refused: {one_line(error)}"
+    if isinstance(error, Unequal):
+        return one_line(error)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TOOLS, "<"))]
+    place = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno} " if frames else ""
+    return f"{place}{type(error).__name__}: {one_line(error)[:400]}"
 
 
 def one_line(message: object) -> str:
@@ -203,17 +306,23 @@ def package(list_name: str) -> str:
     return f"{name} {importlib.metadata.version(name)}"
 
 
-def in_own_process(function: Callable, *args, timeout: float) -> tuple[dict, str | None]:
-    """(the last row that `function(*args, send)` sent, what ended its process early)."""
+def in_own_process(function: Callable, *args, timeout: float, memory: int = 2**40) -> tuple[dict, str | None]:
+    """(the last row that `function(*args, send)` sent, what ended its process early).
+
+    Args:
+        timeout: seconds of the processor; on a busy machine a process has `PATIENCE` times as many by the clock.
+        memory: in bytes.
+    """
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=serve, args=(sender, function, *args), daemon=True)
+    process = PROCESSES.Process(target=serve, args=(sender, timeout, memory, function, *args), daemon=True)
     process.start()
     sender.close()
-    row, deadline = {}, time.monotonic() + timeout
+    row, patience = {}, PATIENCE * timeout
+    deadline = time.monotonic() + patience
     try:
         while receiver.poll(max(0, deadline - time.monotonic())):
             row = receiver.recv()
-        return row, f"took longer than {timeout:g} s"
+        return row, f"was not done after {patience:g} s"
     except EOFError:
         process.join()
         code = process.exitcode
@@ -225,8 +334,10 @@ def in_own_process(function: Callable, *args, timeout: float) -> tuple[dict, str
         receiver.close()
 
 
-def serve(sender: Connection, function: Callable, *args) -> None:
+def serve(sender: Connection, timeout: int, memory: int, function: Callable, *args) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends this process
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout + 1))
     logging.getLogger("apotfx").setLevel(logging.ERROR)
     function(*args, sender.send)
 
@@ -234,7 +345,6 @@ def serve(sender: Connection, function: Callable, *args) -> None:
 # A server that has imported torch forks much faster than a new interpreter starts; forking this process is not safe.
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PROCESSES = multiprocessing.get_context(METHOD)
-PROCESSES.set_forkserver_preload(["torchvision", "apotfx"])
 
 
 class Results:
@@ -243,6 +353,7 @@ class Results:
     def __init__(self, directory: Path, facts: Mapping[str, object]):
         self.json, self.markdown = directory / "zoo.json", directory / "zoo.md"
         self.facts, self.rows = dict(facts), {}
+        self.lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True)
         self._read()
 
@@ -261,118 +372,74 @@ class Results:
                 )
 
     def add(self, row: dict) -> None:
-        self._read()  # another run may have written rows of other networks
-        self.rows[row["list"], row["name"]] = row
-        self._write()
+        with self.lock:
+            self._read()  # another run may have written rows of other networks
+            self.rows[row["list"], row["name"]] = row
+            self._write()
 
     def _write(self) -> None:
-        order = [(each, name) for each in LISTS for name in LISTS[each].names()]
-        known = [key for key in order if key in self.rows]
-        rows = [self.rows[key] for key in [*known, *(key for key in self.rows if key not in known)]]
+        known = [(each, name) for each in LISTS for name in LISTS[each].names()]
+        rows = [self.rows[key] for key in known if key in self.rows]
         write_atomic(self.json, (json.dumps({"facts": self.facts, "rows": rows}, indent=1) + "\n").encode())
-        write_atomic(self.markdown, report(self.facts, rows).encode())
+        write_atomic(
+            self.markdown, report(self.facts, rows, {each: len(LISTS[each].names()) for each in LISTS}).encode()
+        )
 
 
-def is_ok(row: Mapping) -> bool:
-    return row["status"] == "ok"
-
-
-def report(facts: Mapping[str, object], rows: list[dict]) -> str:
-    parts = ["# Networks", ", ".join(f"{key} {value}" for key, value in facts.items()), EXPLANATION.rstrip()]
-    for list_name in dict.fromkeys(row["list"] for row in rows):
-        chosen = [row for row in rows if row["list"] == list_name]
-        table = markdown(HEADERS, [cells(row) for row in chosen])
-        parts += [f"## {list_name}", totals(list_name, chosen), table.rstrip()]
-        leaves = [(row["name"], reason, 1) for row in chosen for reason in row.get("leaves", {}).values()]
-        layers = [(row["name"], reason, len(n)) for row in chosen for reason, n in row.get("unquantized", {}).items()]
-        for title, found in (("Leaves", leaves), ("Layers in float", layers)):
-            parts += [f"{title}, by reason:", reasons(found)] if found else []
-    return "\n\n".join(parts) + "\n"
-
-
-def totals(list_name: str, rows: list[dict]) -> str:
-    count, of_all = sum(map(is_ok, rows)), len(LISTS[list_name].names())
-    lines = [f"{rows[0]['package']}: {len(rows)} of {of_all} networks were run, {count} are ok."]
-    known = [row for row in rows if "share_of_macs_quantized" in row]
-    convolutional = [row for row in known if is_convolutional(row)]
-    others = [row for row in known if not is_convolutional(row)]
-    kinds = {"have convolutions and multiply no two activations": convolutional, "are others": others}
-    for kind, chosen in kinds.items():
-        if chosen:
-            least = min(chosen, key=lambda row: row["share_of_macs_quantized"])
-            lines.append(f"{len(chosen)} {kind}: at least {share(least)} of MACs quantized ({least['name']}).")
-    return " ".join(lines)
-
-
-def is_convolutional(row: Mapping) -> bool:
-    operators = row["macs_by_operator"].keys()
-    return "aten.convolution" in operators and operators <= PRODUCTS_OF_WEIGHTS
-
-
-def share(row: Mapping) -> str:
-    """Rounded down, so that only what is complete shows as 100%."""
-    return f"{math.floor(1e4 * row['share_of_macs_quantized']) / 100:.2f}%"
-
-
-def cells(row: Mapping) -> list[str]:
-    def shown(key: str, show: Callable[[object], str]) -> str:
-        return show(row[key]) if key in row else "-"
-
-    return [
-        row["name"],
-        shown("input_shape", shapes),
-        row["status"].replace("|", "\\|"),
-        shown("traced", str) + (" with example inputs" if row.get("example_inputs") else ""),
-        shown("layers", lambda count: f"{row['layers_quantized']} of {count}"),
-        shown("macs", lambda macs: f"{macs / 1e6:,.1f}"),
-        shown("share_of_macs_quantized", lambda _: share(row)),
-        shown("seconds_quantize", "{:.2f}".format),
-        shown("seconds", "{:.0f}".format),
-        shown("equal_after_reload", lambda equal: "yes" if equal else "no"),
-    ]
-
-
-def shapes(shape: list[int] | Mapping[str, list[int]]) -> str:
-    named = shape if isinstance(shape, Mapping) else {"": shape}
-    return ", ".join(f"{name} {'x'.join(map(str, sizes))}".strip() for name, sizes in named.items())
-
-
-def reasons(found: list[tuple[str, str, int]]) -> str:
-    """A line per reason of the (network, reason, count); those that differ in a block's number alone are one."""
-    counts = defaultdict(Counter)
-    for name, reason, count in found:
-        counts[re.sub(r"(?<=\.)\d+\b", "*", reason)][name] += count
-    return "\n".join(
-        f"- {reason}: {', '.join(f'{name} ({count})' for name, count in names.items())}"
-        for reason, names in counts.items()
-    )
-
-
-def line(row: Mapping) -> str:
-    shown = f"{row['list']}/{row['name']}: {row['status']}"
-    if "share_of_macs_quantized" in row:
-        shown += f"; {row['layers_quantized']} of {row['layers']} layers, {share(row)} of MACs"
-    return f"{shown}; {row['seconds']:.0f} s"
+def commit() -> str:
+    """Of the library that is imported; "unknown" outside of a repository, and with "-dirty" where it was edited."""
+    command = ["git", "-C", str(Path(apotfx.__file__).parent)]
+    try:
+        found = [
+            subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["log", "-1", "--format=%h", "--", "."], ["status", "--porcelain", "--", "."])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found[0] + "-dirty" * bool(found[1])
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Whether every chosen network that was run, now or before, went through."""
-    chosen = choose(args.list, args.only)
+    """Whether every chosen network that was run, now or before, is ok."""
+    chosen, made_by = choose(args.list, args.only), commit()
     facts = {"bits": args.bits, "scheme": args.scheme, "torch": torch.__version__}
     results, start = Results(args.output, facts), time.monotonic()
-    for key in chosen:
-        if key in results.rows and not (args.retry_failed and not is_ok(results.rows[key])):
-            continue
+    PROCESSES.set_forkserver_preload(["apotfx", *{LISTS[each].module for each, _ in chosen}])
+
+    def is_done(key: tuple[str, str]) -> bool:
+        row = results.rows.get(key)
+        same = row is not None and row.get("commit") == made_by and "-" not in made_by and made_by != "unknown"
+        return args.resume and same and (is_ok(row) or not args.retry_failed)
+
+    def one(key: tuple[str, str]) -> None:
         begin = time.monotonic()
         if args.limit_seconds is not None and begin - start >= args.limit_seconds:
-            print(f"stopped after {args.limit_seconds} s; the same command goes on")
-            break
-        row, ended = in_own_process(examine, *key, args.bits, args.scheme, timeout=args.timeout)
-        row = {"list": key[0], "name": key[1], "status": "start", "package": package(key[0])} | row
+            late.append(key)
+            return
+        limits = {"timeout": args.timeout, "memory": args.memory * 2**30}
+        row, ended = in_own_process(examine, *key, args.bits, args.scheme, **limits)
+        row = {"list": key[0], "name": key[1], "step": "start", "problems": {}, "package": package(key[0])} | row
+        row |= {"commit": made_by}
         if ended:
-            row |= {"status": f"{row['status']}: {ended}", "seconds": time.monotonic() - begin}
-        results.add(row)
-        print(line(row), flush=True)
+            row["problems"][row["step"]] = ended
+            row["seconds"] = time.monotonic() - begin
+        if not stopped.is_set():
+            results.add(row)
+            print(line(row), flush=True)
+
+    late, stopped = [], threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for future in [pool.submit(one, key) for key in chosen if not is_done(key)]:
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+    if late:
+        print(f"stopped after {args.limit_seconds} s; --resume goes on")
     rows = [results.rows[key] for key in chosen if key in results.rows]
     print(f"{sum(map(is_ok, rows))} of {len(chosen)} ok; {results.markdown}")
     return all(map(is_ok, rows))
@@ -399,27 +466,29 @@ def make_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--list", metavar="A,B", type=some_of(LISTS), default=list(LISTS), help=f"of {', '.join(LISTS)} (default all)")
     add("--only", metavar="GLOB", default="*", help="the networks whose name matches (default all)")
-    add("--output", metavar="DIR", type=Path, default=Path("runs/zoo"),
-        help="for zoo.json and zoo.md; what zoo.json has is not run again (default %(default)s)")
-    add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=4, help="2 to 8 (default 4)")
-    add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="apot",
-        help=f"one of {', '.join(SCHEMES)} (default apot)")
-    add("--timeout", metavar="N", type=positive, default=600, help="seconds that a network may take (default 600)")
-    add("--limit-seconds", metavar="N", type=positive, help="begin no network after that; the same command goes on")
-    add("--retry-failed", action="store_true", help="run the networks again that failed")
+    add("--output", metavar="DIR", type=Path, default=Path("runs/zoo"), help="for zoo.json and zoo.md (default %(default)s)")
+    add("--resume", action="store_true", help="keep the rows that zoo.json has of this commit")
+    add("--retry-failed", action="store_true", help="with --resume: but not those that are not ok")
+    add("--jobs", metavar="N", type=positive, default=1, help="networks at a time (default %(default)s)")
+    add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=8, help="2 to 8 (default 8)")
+    add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="uniform",
+        help=f"one of {', '.join(SCHEMES)} (default uniform)")
+    add("--timeout", metavar="N", type=positive, default=180, help="seconds of the processor that a network may take (default 180)")
+    add("--memory", metavar="N", type=positive, default=12, help="GiB that a network may take (default 12)")
+    add("--limit-seconds", metavar="N", type=positive, help="begin no network after that; --resume goes on")
     # fmt: on
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if every network is ok, 1 if one failed, 2 for a user's mistake, 130 when stopped by Ctrl-C."""
+    """The exit code: 0 if every network is ok or refused, 1 if not, 2 for a user's mistake, 130 when stopped by Ctrl-C."""
     try:
         return 0 if run(make_parser().parse_args(argv)) else 1
     except (ApotfxError, OSError) as error:
         print(f"zoo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; --resume goes on", file=sys.stderr)
         return 130
 
 

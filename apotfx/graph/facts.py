@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from apotfx.attention import obstacle as attention_obstacle
 from apotfx.graph.operations import torch_name, undecorated, writes
-from apotfx.graph.ranges import UNKNOWN, Interval, Ranges, hull
+from apotfx.graph.ranges import UNKNOWN, Interval, Ranges, hull, operation
 from apotfx.graph.tracing import ByMode
 from apotfx.layers import FunctionalLayer, float_type_of, kind_of
 from apotfx.modules import attribute, has_hooks
@@ -19,11 +19,11 @@ FUNCTIONAL_LAYERS = {"linear"} | {f"conv{kind}{d}d" for kind in ("", "_transpose
 # What multiplies with weights besides them, and has no quantized version.
 OTHER_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
 PRODUCTS = {
-    "matmul", "rmatmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "addr", "inner", "outer", "ger", "dot",
-    "vdot", "kron", "einsum", "tensordot", "bilinear", "chain_matmul", "linalg_multi_dot", "linalg_matmul", "linalg_vecdot",
-    "smm", "hspmm", "sspaddmm", "_sparse_mm", "scaled_dot_product_attention", "multi_head_attention_forward", "conv_tbc",
-    "convolution", "deform_conv2d", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
-    "rnn_relu_cell", "linear_cross_entropy",
+    "matmul", "rmatmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "addr", "inner", "outer", "ger",
+    "dot", "vdot", "kron", "einsum", "tensordot", "bilinear", "chain_matmul", "linalg_multi_dot", "linalg_matmul",
+    "linalg_vecdot", "smm", "hspmm", "sspaddmm", "_sparse_mm", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "conv_tbc", "convolution", "deform_conv2d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "linear_cross_entropy",
 }  # fmt: skip
 
 
@@ -45,8 +45,8 @@ class LayerFacts:
         kernel_size: of a convolution; () for a linear layer.
         sign_reason: why `signed_input` is what it is.
         position_reason: why `is_first` and `is_last` are what they are.
-        input_range: (low, high) that the inputs of all its calls lie in whatever the network's inputs, weights and mode,
-            as far as float32 is exact; infinite where nothing is known.
+        input_range: (low, high) that the inputs of all its calls lie in whatever the network's inputs and weights, in
+            both modes; infinite where nothing is known. See `ranges`.
     """
 
     name: str
@@ -71,8 +71,8 @@ def analyze(root: nn.Module, graph: fx.Graph, leaves: Mapping[str, str] = {}) ->
     last, with an obstacle. A module called several times is described by all its calls together.
 
     Args:
-        graph: after `modularize.layers_as_modules`, without writes in place that others see; empty for a model that could
-            not be traced.
+        graph: after `modularize.layers_as_modules`, without writes in place that others see; empty for a model that
+            could not be traced.
         leaves: per module that could not be traced why; "" for `root` itself.
     """
     modules = dict(root.named_modules())
@@ -138,11 +138,11 @@ def _multiplies_weights(node: fx.Node, constants: set[fx.Node], root: nn.Module)
 
 def _factors(node: fx.Node, name: str) -> list[fx.Node]:
     """What a product multiplies, without what it adds, such as a bias or a mask."""
-    added = {"addmm", "addmv", "addbmm", "baddbmm", "addr"}
-    args = node.args[1:3] if name in added else node.args[:3] if name == "scaled_dot_product_attention" else node.args
-    others = [value for key, value in node.kwargs.items() if key not in ("input", "attn_mask", "dropout_p")]
+    added = {"addmm": 0, "addmv": 0, "addbmm": 0, "baddbmm": 0, "addr": 0, "scaled_dot_product_attention": 3}.get(name)
+    args = [x for i, x in enumerate(node.args) if i != added]
+    kwargs = [x for key, x in node.kwargs.items() if added is None or key not in ("input", "attn_mask", "dropout_p")]
     found: list[fx.Node] = []
-    fx.node.map_arg((args, others if name in added or "attn_mask" in node.kwargs else list(node.kwargs.values())), found.append)
+    fx.node.map_arg((args, kwargs), found.append)
     return found
 
 
@@ -198,8 +198,8 @@ def _facts(
     position_reason: str,
 ) -> LayerFacts:
     module = modules.get(name) if nodes[0].op == "call_module" else None
-    inputs = [next((x for x in node.all_input_nodes if x not in constants), None) for node in nodes]
-    input_range, sign_reason = _input_range([x for x in inputs if x is not None], ranges, modules)
+    inputs = [x for node in nodes if (x := _input(node, constants)) is not None]
+    input_range, sign_reason = _input_range(inputs, ranges, modules)
     if module is not None and has_hooks(module):
         input_range, sign_reason = UNKNOWN, "a hook may change it"
     obstacle = _obstacle(module, nodes[0])
@@ -218,6 +218,14 @@ def _facts(
         position_reason=position_reason,
         input_range=tuple(input_range),
     )
+
+
+def _input(node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
+    """What a layer, or a product with constants, is called with."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if isinstance(first, fx.Node) and first not in constants:
+        return first
+    return next((x for x in node.all_input_nodes if x not in constants), None)
 
 
 def _input_range(inputs: list[fx.Node], ranges: Ranges, modules: dict[str, nn.Module]) -> tuple[Interval, str]:
@@ -412,11 +420,8 @@ def rectified_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float
     if len(node.all_input_nodes) != 1:
         return None
     if node.op == "call_module":
-        module = modules[node.target]
-        if has_hooks(module):
-            return None
-        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        module, name = modules[node.target], operation(node, modules)
+        if name in ("hardtanh", "relu6"):
             return (0.0, float(module.max_val)) if module.min_val == 0 else None
-        return (0.0, math.inf) if type(module) is nn.ReLU else None
-    name = torch_name(node) or ""
-    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(name.removesuffix("_"))
+        return (0.0, math.inf) if name == "relu" else None
+    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(operation(node, modules))

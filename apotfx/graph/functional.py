@@ -16,6 +16,8 @@ from apotfx.graph.operations import returns_fresh, torch_name, writes
 from apotfx.graph.tracing import owner
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "is_floating_point", "requires_grad"}
+NO_TENSORS = {bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout}
+COMPLEX_VIEWS = {"real", "imag", "view_as_real", "view_as_complex"}
 
 
 def functionalize(
@@ -37,7 +39,7 @@ def functionalize(
 
     for node in list(graph.nodes):
         memory[node] = {node}
-        if not returns_fresh(node, modules):
+        if not returns_fresh(node, modules) and node.meta.get("type") not in NO_TENSORS:
             memory[node] = memory[node].union(*(memory[x] for x in node.all_input_nodes))
         written = writes(node, modules)
         if not written:
@@ -50,20 +52,24 @@ def functionalize(
         states = [n.target for n in sources if n.op == "get_attr" and n.target not in constants]
         if states:
             return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
-        if sharing and any(n.op == "placeholder" for n in sources):
-            return {owner(node): f"its forward writes to the input {min(n.name for n in sources)}, which it also reads"}
-        if not sharing and not sources - {n for n in sources if n.op == "placeholder"}:
-            for user in readers(target, node):
+        if any(_name(n) in COMPLEX_VIEWS for value in (*sharing, target) for n in memory[value]):
+            return {owner(node): f"its forward writes to a part of a complex tensor ({node.name})"}
+        inputs = [n.name for n in sources if n.op == "placeholder"]
+        if sharing and inputs:
+            return {owner(node): f"its forward writes to the input {min(inputs)}, which it also reads"}
+        later = {value: readers(value, node) for value in (*sharing, target, node)}
+        if sharing or sources and not inputs:  # an input is the caller's, who sees what is written to it
+            with graph.inserting_before(node):
+                copied = graph.call_method("clone", (target,))
+            node.replace_input_with(target, copied)
+            position[copied], memory[copied], memory[node] = position[node] - 0.5, {copied}, {node}
+        if not sharing:
+            for user in later[target]:
                 user.replace_input_with(target, node)
             continue
-        later = {value: readers(value, node) for value in (*sharing, target, node)}
-        with graph.inserting_before(node):
-            copied = graph.call_method("clone", (target,))
-        node.replace_input_with(target, copied)
         with graph.inserting_after(node):
             stored = graph.call_function(store, (target, node))
-        position |= {copied: position[node] - 0.5, stored: position[node] + 0.25}
-        memory |= {copied: {copied}, stored: {stored}}
+        position[stored], memory[stored] = position[node] + 0.25, {stored}
         for value, users in later.items():
             with graph.inserting_after(stored):
                 like = target if value is node else value
@@ -75,15 +81,15 @@ def functionalize(
             if not users:
                 graph.erase_node(seen)
                 del memory[seen]
-        memory[node] = {node}
     return {}
 
 
 def store(written: Tensor, value: Tensor) -> Tensor:
     """The memory that `written` lies in, after `value` was written there: a vector of all its elements."""
     length = written.untyped_storage().nbytes() // written.element_size()
-    whole = written.as_strided((length,), (1,), 0)
-    return torch.as_strided_scatter(whole, value, written.size(), written.stride(), written.storage_offset())
+    whole = _root(written).as_strided((length,), (1,), 0).clone()
+    whole.as_strided(written.size(), written.stride(), written.storage_offset()).copy_(value)
+    return whole
 
 
 def see(x: object, written: Tensor, stored: Tensor) -> object:
@@ -96,8 +102,31 @@ def see(x: object, written: Tensor, stored: Tensor) -> object:
         raise ApotfxError(
             f"a {written.dtype} tensor is written in place and read as {x.dtype}; use a copy of it in the model's forward"
         )
-    return stored.as_strided(x.size(), x.stride(), x.storage_offset())
+    seen = stored.as_strided(x.size(), x.stride(), x.storage_offset())
+    return seen if _root(x) is _root(written) else _Unnoticed.apply(x, [seen])
+
+
+def _root(x: Tensor) -> Tensor:
+    """The tensor that autograd knows x to be a view of, which all of the memory belongs to; else x."""
+    return x if x._base is None else x._base
+
+
+class _Unnoticed(torch.autograd.Function):
+    """x after a write that autograd does not know of, through `detach` or `data`: differentiated as if there was none."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, seen: list[Tensor]) -> Tensor:
+        return seen[0].detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def asks_for_metadata(node: fx.Node) -> bool:
-    return (node.args[1] if node.target is getattr else torch_name(node)) in METADATA
+    return _name(node) in METADATA
+
+
+def _name(node: fx.Node) -> str | None:
+    """Of the attribute that a node reads, or what `torch_name` says."""
+    return node.args[1] if node.target is getattr else torch_name(node)

@@ -36,7 +36,7 @@ class Network(fx.GraphModule):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
         vars(self).update({key: vars(original)[key] for key in shared}, original=original)
         vars(self).update({key: vars(original)[key].copy() for key in HOOKS})
-        vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None)
+        vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None, _after=None)
         self.graph = graph
 
     def recompile(self) -> fx.graph.PythonCode:
@@ -49,13 +49,17 @@ class Network(fx.GraphModule):
             if torch.compiler.is_compiling():
                 return generated(self, *args, **kwargs)
             self._prepare(args, kwargs)
-            return (generated if self._absorbing else self._visible)(self, *args, **kwargs)
+            output = (generated if self._absorbing else self._visible)(self, *args, **kwargs)
+            if self._after is not None:
+                self._after(self, args, output)
+            return output
 
         cls.forward = forward
         return code
 
     def _prepare(self, args: tuple, kwargs: dict) -> None:
-        absorbing = all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
+        seen = nn.modules.module._has_any_global_hook()
+        absorbing = not seen and all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
         if absorbing != self._absorbing:
             vars(self)["_absorbing"] = absorbing
             for _, _, module in self._watched:
@@ -96,7 +100,7 @@ class Network(fx.GraphModule):
     def __deepcopy__(self, memo: dict) -> "Network":
         network = Network(copy.deepcopy(self.original, memo), copy.deepcopy(self.graph), type(self).__name__)
         memo[id(self)] = network
-        own = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", *HOOKS}
+        own = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", "_after", *HOOKS}
         vars(network).update({key: copy.deepcopy(v, memo) for key, v in vars(self).items() if key not in own})
         return network
 
@@ -116,7 +120,7 @@ def _generate(graph: fx.Graph) -> Callable:
 def _restore(class_name: str, state: dict, imports: str) -> Network:
     graph = reduce_graph_module(dict(state), imports).graph
     network = Network(state["original"], graph, class_name)
-    kept = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", *HOOKS}
+    kept = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", "_after", *HOOKS}
     vars(network).update({key: value for key, value in state.items() if key not in kept})
     return network
 

@@ -30,13 +30,14 @@ FRESH_FUNCTIONS = {
 }  # fmt: skip
 # What gives its argument back all the same where there is nothing to do.
 NOT_FRESH = {"dequantize", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
-# Functions that write to others of their parameters than the first: which, and the parameter that has them do it.
+# Functions that write to others of their parameters than the first: which, and the parameter that has them do it, "" if
+# nothing keeps them from it in every version of torch.
 WRITTEN_PARAMETERS = {
     "batch_norm": (("running_mean", "running_var"), "training"),
     "native_batch_norm": (("running_mean", "running_var"), "training"),
     "cudnn_batch_norm": (("running_mean", "running_var"), "training"),
     "miopen_batch_norm": (("running_mean", "running_var"), "training"),
-    "instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+    "instance_norm": (("running_mean", "running_var"), ""),
     "embedding": (("weight",), "max_norm"),
     "embedding_bag": (("weight",), "max_norm"),
 }
@@ -65,7 +66,9 @@ def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
     written = [*_nodes(node.kwargs.get("out"))]
     name = torch_name(node)
     if node.op == "call_module":
-        works_in_place = getattr(modules[node.target], "inplace", False) not in (False, None)
+        module = modules[node.target]
+        deaf = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))  # do not pass their argument on
+        works_in_place = not deaf and getattr(module, "inplace", False) not in (False, None)
         written += _first_argument(node) if works_in_place else []
     elif node.op in ("call_function", "call_method"):
         if _is_in_place(node, name):
@@ -90,7 +93,8 @@ def returns_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if name is None or name in NOT_FRESH or name.startswith("_") and not name.startswith("__"):
         return False
     if node.op == "call_function" and inspect.isfunction(node.target):
-        return node.target.__module__ in ("torch.functional", "torch.nn.functional") and name in FRESH_FUNCTIONS and not _returns_several(node)
+        own = node.target.__module__ in ("torch.functional", "torch.nn.functional")
+        return own and name in FRESH_FUNCTIONS and not _returns_several(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return _is_fresh_schema(node.target._schema)
     schemas = [s for s in _schemas(_operator_name(name)) if _takes(s, node)]
@@ -139,7 +143,7 @@ def _inplace_argument(node: fx.Node) -> bool:
 def _written_parameters(node: fx.Node, name: str | None) -> Iterator[str]:
     if name in WRITTEN_PARAMETERS:
         parameters, switch = WRITTEN_PARAMETERS[name]
-        if _argument(node, switch) not in (False, None):
+        if not switch or _argument(node, switch) not in (False, None):
             yield from parameters
     elif name is not None and name not in FLAG_METHODS and not inspect.isfunction(node.target):
         for schema in _schemas(_operator_name(name)):
@@ -197,6 +201,7 @@ def _schemas(name: str) -> tuple:
         and str(schema.arguments[0].type) in tensors
         and any("Tensor" in str(a.type) for a in schema.arguments)
         and not any(a.is_out for a in schema.arguments)
+        and "name" not in schema.overload_name  # dimensions by name
         and torch._C._dispatch_has_kernel(_overload(schema))  # some are TorchScript's alone
     )
 

@@ -5,14 +5,17 @@ of a model run, while it is traced, as copies whose builtins know stand-ins; not
 """
 
 import builtins
+import functools
 import math
 import operator
+import sys
 import types
 from collections.abc import Callable
 from dis import get_instructions
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 NUMBERS = (bool, int, float)
 _INTEGER_METHODS = {"dim", "numel", "nelement", "ndim", "stride_int", "__len__", "get_device", "element_size"}
@@ -46,7 +49,7 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return Tensor
-    if node.op == "call_function" and _says_tensor(node.target):
+    if node.op == "call_function" and (node.target in _FACTORIES or _says_tensor(node.target)):
         return Tensor
     if node.op == "call_module":
         if _says_tensor(type(module).forward):
@@ -60,7 +63,8 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
         return _ATTRIBUTE_TYPES.get(node.args[1], known) if arguments[0] is Tensor else None
     name = node.target if node.op == "call_method" else node.target.__name__
     if name == "getitem":
-        return {Tensor: Tensor, torch.Size: int if type(node.args[1]) is int else torch.Size}.get(arguments[0])
+        one = type(node.args[1]) is int
+        return {Tensor: Tensor, torch.Size: int if one else torch.Size, tuple: Tensor if one else tuple}.get(arguments[0])
     if name == "size":
         return int if len(node.args) + len(node.kwargs) > 1 else torch.Size
     if name in _INTEGER_METHODS and Tensor in arguments:
@@ -69,24 +73,27 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
         return float if float in arguments or name == "truediv" else bool if name in _COMPARISONS else int
     if getattr(node.target, "__module__", None) == "math":
         return int if name in ("floor", "ceil", "isqrt", "gcd") else float
-    return Tensor if _returns_tensor(name) and Tensor in arguments else None
+    known = Tensor if _returns(name, "Tensor") else tuple if _returns(name, "List[Tensor]") else None
+    return known if any(n.meta["type"] is Tensor for n in node.all_input_nodes) else None
 
 
 def _says_tensor(function: Callable) -> bool:
     return getattr(function, "__annotations__", {}).get("return") in (Tensor, "Tensor", "torch.Tensor")
 
 
+_CASTS = {"bfloat16", "bool", "cpu", "cuda", "double", "float", "half", "int", "long"}
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "not_", "is_", "contains"}
 
 
-def _returns_tensor(name: str) -> bool:
-    """Whether all of torch's operators of that name, or Python's, return a single tensor."""
+@functools.cache
+def _returns(name: str, kind: str) -> bool:
+    """Whether all of torch's operators of that name, or Python's, return one result of a kind."""
     name = {"truediv": "div", "invert": "bitwise_not", "and_": "bitwise_and", "or_": "bitwise_or"}.get(name, name)
     name = name[1:] + "_" if name in ("iadd", "isub", "imul", "ipow") else name
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name.strip('_') if name.startswith('__') else name}")
-    python = callable(getattr(nn.functional, name, None)) and name not in ("max_pool2d_with_indices",)
+    python = name in _CASTS or callable(getattr(nn.functional, name, None)) and name != "max_pool2d_with_indices"
     tensors = [s for s in schemas if any("Tensor" in str(a.type) for a in s.arguments)]
-    return all([str(r.type) for r in s.returns] == ["Tensor"] for s in tensors) if tensors else python
+    return all([str(r.type) for r in s.returns] == [kind] for s in tensors) if tensors else python and kind == "Tensor"
 
 
 def rebound(function: object, memo: dict) -> types.FunctionType | None:
@@ -106,7 +113,7 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
             return None
         scope = memo.setdefault(id(function.__globals__), {})
         if not scope:
-            scope.update(function.__globals__, __builtins__=BUILTINS)
+            scope.update(function.__globals__, __builtins__=BUILTINS | {"super": functools.partial(_Super, memo)})
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         copied = types.FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__, cells if function.__closure__ else None
@@ -122,7 +129,7 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
                 continue
         for name in _names(function.__code__):
             if name in function.__globals__:
-                scope[name] = _understanding(function.__globals__, name, memo)
+                scope[name] = _understanding(function.__globals__[name], function.__globals__, name, memo)
     return memo[function]
 
 
@@ -131,25 +138,42 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _understanding(scope: dict, name: str, memo: dict) -> object:
-    """What stands for the global `name` in a function that is rebound."""
-    value = scope[name]
+def _understanding(value: object, scope: dict, name: str, memo: dict) -> object:
+    """What stands for the global `name`, which is `value`, in a function that is rebound."""
     if value is math:
         return _MATH
     if value is torch:
         return _TORCH
+    if isinstance(value, types.ModuleType):
+        root = value.__name__.partition(".")[0]
+        return value if root in ("torch", "numpy", *sys.stdlib_module_names) else _Rebound(value, _memo=memo)
     if (id(scope), name) in fx._symbolic_trace._wrapped_fns_to_patch or getattr(math, name, None) is value:
         return recorded(value)
-    return {isinstance: _isinstance, hasattr: _hasattr, torch.is_tensor: _is_tensor}.get(
-        value if callable(value) and getattr(value, "__hash__", None) else None
-    ) or rebound(value, memo) or value
+    known = _ANSWERS.get(value) if callable(value) and getattr(value, "__hash__", None) else None
+    return known or rebound(value, memo) or value
+
+
+class _Super:
+    """What `super()` gives, with methods that are rebound."""
+
+    def __init__(self, memo: dict, *args):
+        if not args:  # Python takes them from the function that calls
+            frame = sys._getframe(1)
+            args = frame.f_locals["__class__"], frame.f_locals[frame.f_code.co_varnames[0]]
+        object.__setattr__(self, "found", (super(*args), memo))
+
+    def __getattribute__(self, name: str):
+        parent, memo = object.__getattribute__(self, "found")
+        value = getattr(parent, name)
+        copied = rebound(getattr(value, "__func__", value), memo)
+        return copied.__get__(value.__self__) if copied and hasattr(value, "__self__") else copied or value
 
 
 def recorded(function: Callable) -> Callable:
     """`function`, written down as one call where a stand-in is among its arguments."""
 
     def call(*args, **kwargs):
-        for argument in (*args, *kwargs.values()):
+        for argument in pytree.tree_leaves((args, kwargs)):
             if isinstance(argument, fx.Proxy):
                 return argument.tracer.create_proxy("call_function", function, args, kwargs)
         return function(*args, **kwargs)
@@ -163,6 +187,14 @@ def _isinstance(value: object, classes: object) -> bool:
 
 def _hasattr(value: object, name: str) -> bool:
     return hasattr(known_type(value), name) if isinstance(value, fx.Proxy) else hasattr(value, name)
+
+
+def _callable(value: object) -> bool:
+    return callable(value) and isinstance(value, fx.proxy.Attribute) >= isinstance(value, fx.Proxy)
+
+
+def _is_grad_enabled() -> bool:
+    raise Untraceable("its forward asks whether gradients are computed")
 
 
 def _is_tensor(value: object) -> bool:
@@ -200,6 +232,21 @@ class _Module(types.ModuleType):
         return getattr(vars(self)["_module"], name)
 
 
-BUILTINS = vars(builtins) | {"isinstance": _isinstance, "hasattr": _hasattr, "type": _Type()}
+class _Rebound(_Module):
+    """A module of the user's, with functions that are rebound."""
+
+    def __getattr__(self, name: str):
+        module, memo = vars(self)["_module"], vars(self)["_memo"]
+        return _understanding(getattr(module, name), vars(module), name, memo)
+
+
+BUILTINS = vars(builtins) | {"isinstance": _isinstance, "hasattr": _hasattr, "callable": _callable, "type": _Type()}
 _MATH = _Module(math, **{name: recorded(f) for name, f in vars(math).items() if callable(f)})
-_TORCH = _Module(torch, is_tensor=_is_tensor)
+# What makes a tensor of none takes no stand-ins as sizes, types and devices.
+_FACTORIES = {
+    torch.arange, torch.as_tensor, torch.empty, torch.empty_strided, torch.eye, torch.full, torch.linspace,
+    torch.logspace, torch.normal, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm,
+    torch.scalar_tensor, torch.tensor, torch.tril_indices, torch.triu_indices, torch.zeros,
+}  # fmt: skip
+_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
+_ANSWERS = {isinstance: _isinstance, hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import Network
-from apotfx.graph.tracing import HOOKS
+from apotfx.graph.tracing import HOOKS, contents, put_back
 from apotfx.layers import computing_in_float
 
 NOISE = 1e-3  # of a result's root mean square: float rounding stays below, another network does not
@@ -164,23 +164,22 @@ def _where(
 
 @contextmanager
 def _restored(*models: nn.Module | None) -> Iterator[None]:
-    """Without the hooks of `models`; puts them, the buffers and the modes back."""
+    """Without the hooks of `models`; puts back all that their modules hold."""
     modules = [m for model in models if model is not None for m in model.modules()]
-    buffers = [(m._buffers, key, b, b.clone()) for m in modules for key, b in m._buffers.items() if b is not None]
-    modes = [(m, m.training) for model in models if model is not None for m in (model, *model.modules())]
-    modes += [(model.original, model.original.training) for model in models if isinstance(model, Network)]
-    hooks = [(vars(m), key, vars(m)[key]) for m in modules for key in HOOKS if vars(m).get(key)]
+    modules += [model.original for model in models if isinstance(model, Network)]
+    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
+    values = [(buffer, buffer.clone()) for m in modules for buffer in m._buffers.values() if buffer is not None]
     try:
-        for state, key, held in hooks:
-            state[key] = type(held)()
+        for state, saved, _ in states:
+            state.update({key: type(saved[key])() for key in HOOKS if key in saved})
         yield
     finally:
-        for state, key, held in hooks:
-            state[key] = held
-        for held, key, buffer, value in buffers:
-            held[key] = buffer.copy_(value)
-        for module, training in modes:
-            module.training = training
+        for state, saved, held in states:
+            state.clear()
+            state.update(saved)
+            put_back(held)
+        for buffer, value in values:
+            buffer.copy_(value)
 
 
 @contextmanager

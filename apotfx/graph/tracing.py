@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -302,9 +302,11 @@ class _Tracer(fx.Tracer):
                 args += [stand_in(f"{name}_{i}") for i, _ in enumerate(positional[len(names) :])]
             elif p.kind == p.VAR_KEYWORD:
                 for key in sorted(given.keys() - known.keys()):
-                    plain = isinstance(given[key], PLAIN)
-                    kwargs[key] = given[key] if plain else stand_in(key)
-                    guards += [(stand_in(key, given[key]), given[key], key)] * plain
+                    if isinstance(given[key], PLAIN):
+                        kwargs[key] = given[key]
+                        guards.append((stand_in(key, given[key]), given[key], key))
+                    else:
+                        kwargs[key] = stand_in(key)
             elif name in given and not isinstance(given[name], PLAIN) or name not in given and p.default is p.empty:
                 if self._inputs is not None and name not in given:
                     raise ApotfxError(f"example_inputs: the model's input {name} is missing; pass an example for it")
@@ -362,7 +364,7 @@ class _Tracer(fx.Tracer):
     def _pure(self, module: nn.Module) -> Iterator[None]:
         """Raises Untraceable if code that ran changed the module itself, which is undone, or drew random numbers."""
         own = {*self._own[module], *HOOKS, "training"}
-        before, contents, drawn = _state(module, own), _contents(module, own), _random_state()
+        before, held, drawn = _state(module, own), contents(module, own), _random_state()
         try:
             yield
         finally:
@@ -370,13 +372,11 @@ class _Tracer(fx.Tracer):
             after = _state(module, own)
             changed = [key for key in {**before, **after} if not _same(before.get(key, module), after.get(key, module))]
             changed = [f"its attribute {key}" for key in overridden + changed]
-            changed += [_changed_item(key, *both) for key, both in contents.items() if not _same_items(*both)]
+            changed += [_changed_item(key, *both) for key, both in held.items() if not _same_items(*both)]
             for key in after.keys() - before.keys():
                 del vars(module)[key]
             vars(module).update(self._own[module] | before)
-            for held, copied in contents.values():
-                held.clear()
-                held.extend(copied) if isinstance(held, list) else held.update(copied)
+            put_back(held)
         if changed:
             raise Untraceable(f"its forward changes {changed[0]}, which tracing would do once")
         if _random_state() != drawn:
@@ -489,7 +489,9 @@ class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
 
     def __getattr__(self, name: str) -> fx.Proxy:
-        if name.startswith("__") or self.tracer.type_of(self.node) is Tensor and not hasattr(Tensor, name):
+        if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):
+            raise Untraceable(f"its forward asks for {name} of a tensor, which is not known while tracing")
+        if name.startswith("__") or not hasattr(Tensor, name) and self.tracer.type_of(self.node) is Tensor:
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return _Attribute(self, name)
 
@@ -507,6 +509,11 @@ class _Value(fx.Proxy):
                 raise Untraceable(f"its forward sets items of {self.node.name}, which is no tensor")
             return getattr(operator, _IN_PLACE[function])(self, *operands)
         return self.tracer.create_proxy("call_function", function, (self, *operands), {})
+
+    def __repr__(self) -> str:  # of sizes it is there for messages
+        if self.node.meta["type"] in (torch.dtype, torch.device):
+            raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
+        return super().__repr__()
 
     def __len__(self) -> int:
         return self.tracer.ask(self, "len")
@@ -598,14 +605,19 @@ def _context() -> tuple:
 def _rebound_methods(module: nn.Module, memo: dict) -> dict[str, object]:
     """`forward`, and whatever else of a module's functions is the user's, as tracing runs them."""
     methods = {"forward": module.forward}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        methods["_check_input_dim"] = lambda x: None  # which would ask for a dimension
     for cls in reversed(type(module).__mro__):
         for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
             if name == "forward":
                 methods[name] = module.forward
             else:
                 methods.pop(name, None)
-            if not (name.startswith("__") and name.endswith("__")) and (copied := rebound(value, memo)):
-                methods[name] = copied.__get__(module)
+            if not (name.startswith("__") and name.endswith("__")) and (
+                copied := rebound(getattr(value, "__func__", value), memo)
+            ):
+                bound = type(value)(copied) if isinstance(value, (staticmethod, classmethod)) else copied
+                methods[name] = bound.__get__(module, type(module))
     for name, value in vars(module).items():
         if copied := rebound(getattr(value, "__func__", value), memo):
             methods[name] = copied.__get__(value.__self__) if hasattr(value, "__self__") else copied
@@ -629,14 +641,20 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield key, value
 
 
-def _state(module: nn.Module, own: set[str]) -> dict[str, object]:
+def _state(module: nn.Module, own: Collection[str]) -> dict[str, object]:
     return {key: value for key, value in vars(module).items() if key not in own}
 
 
-def _contents(module: nn.Module, own: set[str]) -> dict[str, tuple]:
-    """The containers that the module holds, each with a copy."""
+def contents(module: nn.Module, own: Collection[str] = ()) -> dict[str, tuple]:
+    """The containers that the module holds, each with a copy, but for those under the names `own`."""
     state = _state(module, own).items()
     return {key: (value, value.copy()) for key, value in state if isinstance(value, (list, dict, set))}
+
+
+def put_back(contents: Mapping[str, tuple]) -> None:
+    for held, copied in contents.values():
+        held.clear()
+        held.extend(copied) if isinstance(held, list) else held.update(copied)
 
 
 def _same(a: object, b: object) -> bool:

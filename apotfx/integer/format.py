@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from apotfx.graph.facts import batch_norm_after
 from apotfx.errors import ApotfxError
@@ -32,6 +33,7 @@ from apotfx.integer.manifest import (
     describe_levels,
     find_problem,
     level_set_of,
+    parse_json,
     read_file,
     read_manifest,
 )
@@ -43,7 +45,10 @@ from apotfx.reproducible import folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
 
-MAX_HEADER_BYTES = 10**8  # of safetensors
+MAX_HEADER_BYTES = 2**24  # of safetensors
+DTYPES = {
+    "F32": "float32", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
@@ -221,8 +226,11 @@ def _describe_tensor(tensor: Tensor) -> dict:
     }
 
 
-def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+def read_integer(path: str | os.PathLike, float_model: nn.Module | None = None) -> tuple[dict, dict[str, Tensor]]:
     """The manifest and the tensors of an export, both checked; codes are unpacked to integer levels.
+
+    Args:
+        float_model: what the export belongs to, if that is known: files far larger than its state are not read.
 
     Returns:
         (manifest, tensors): tensors has `<layer>.weight` as integer levels for every quantized weight, and every float
@@ -232,13 +240,15 @@ def read_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         ApotfxError: not an export, another format version, or altered, truncated, mixed, missing or additional files;
             names what.
     """
-    manifest, tensors, problems = inspect_integer(path)
+    manifest, tensors, problems = inspect_integer(path, float_model)
     if problems:
         raise ApotfxError(problems[0])
     return manifest, tensors
 
 
-def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], list[str]]:
+def inspect_integer(
+    path: str | os.PathLike, float_model: nn.Module | None = None
+) -> tuple[dict, dict[str, Tensor], list[str]]:
     """As `read_integer`, but a weights file with other contents than the manifest states is read too.
 
     Returns:
@@ -249,50 +259,71 @@ def inspect_integer(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor], l
     """
     path = Path(path)
     manifest = read_manifest(path / MANIFEST)
-    weights = read_file(path / WEIGHTS, max_bytes=_data_bytes(manifest) + MAX_HEADER_BYTES)
     _require_nothing_else(path)
+    weights = read_file(path / WEIGHTS, max_bytes=_max_bytes(manifest, path, float_model))
     problems = []
     if hashlib.sha256(weights).hexdigest() != manifest["weights_sha256"]:
         problems.append(
             f"{path / WEIGHTS}: does not fit {MANIFEST} (checksum); it was altered, truncated or is another export's"
         )
     try:
+        _require_described(weights, manifest)
         tensors = safetensors.torch.load(weights)
     except Exception as error:  # besides its own, a KeyError for a type that torch lacks, and others
         reason = " ".join(str(error).split())
-        raise ApotfxError(
-            problems[0] if problems else f"{path / WEIGHTS}: not a safetensors file ({reason}); export the model again"
-        ) from error
-    found = {name: _describe_tensor(tensor) for name, tensor in tensors.items()}
-    for name in sorted(found.keys() | manifest["tensors"].keys()):
-        got, expected = (dict(described.get(name) or {}) for described in (found, manifest["tensors"]))
-        altered = got.pop("sha256", None) != expected.pop("sha256", None)
-        if got != expected:
-            raise ApotfxError(
-                problems[0] if problems else
-                f"{path / WEIGHTS}: {name if name.isprintable() else ascii(name)} is {got or 'absent'}, {MANIFEST} says "
-                f"{expected or 'absent'}; export the model again"
-            )  # fmt: skip
-        if altered:
+        if not isinstance(error, ApotfxError):
+            reason = f"not a safetensors file ({reason})"
+        raise ApotfxError(problems[0] if problems else f"{path / WEIGHTS}: {reason}; export the model again") from error
+    for name in sorted(tensors):
+        if _describe_tensor(tensors[name]) != manifest["tensors"][name]:
             problems.append(f"{path / WEIGHTS}: {name} was altered (checksum); export the model again")
     for layer in manifest["layers"]:
         problems += [f"{path / WEIGHTS}: {problem}" for problem in _unpack_layer(layer, tensors)]
     return manifest, tensors, problems
 
 
-def _data_bytes(manifest: dict) -> int:
-    return sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in manifest["tensors"].values())
+def _require_described(weights: bytes, manifest: dict) -> None:
+    """Raises: ValueError: the header of the weights is none, or does not say what the manifest says of the tensors."""
+    size = int.from_bytes(weights[:8], "little")
+    header = parse_json(weights[8 : 8 + size])
+    if not isinstance(header, dict) or size > MAX_HEADER_BYTES:
+        raise ValueError("its header is no object")
+    stated = manifest["tensors"]
+    for name in sorted((header.keys() - {"__metadata__"}) | stated.keys()):
+        got, expected = (
+            None if name not in d else {k: d[name][k] for k in ("shape", "dtype")} for d in (header, stated)
+        )
+        if got is not None:
+            got["dtype"] = DTYPES.get(got["dtype"], got["dtype"])
+        if got != expected:
+            name, got = (text if text.isprintable() else ascii(text) for text in (name, str(got or "absent")))
+            raise ApotfxError(f"{name[:100]} is {got[:200]}, {MANIFEST} says {expected or 'absent'}")
+
+
+def _max_bytes(manifest: dict, path: Path, float_model: nn.Module | None) -> int:
+    """Of the file of the weights, before anything is read or made of the sizes that the manifest states."""
+    stated = sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in manifest["tensors"].values())
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    of = "half of the memory"
+    if isinstance(float_model, nn.Module):
+        # A weight that is used several times is exported as often, in a byte or less for each of its floats.
+        tensors = (x for x in float_model.state_dict().values() if isinstance(x, Tensor) and not is_lazy(x))
+        state = sum(4 * tensor.numel() for tensor in tensors)
+        most, of = min((most, of), (4 * state + MAX_HEADER_BYTES, "what the model can have"))
+    if stated > most:
+        raise ApotfxError(f"{path / MANIFEST}: states {stated} bytes of weights, expected at most {most}, {of}")
+    return stated + MAX_HEADER_BYTES
 
 
 def _require_nothing_else(path: Path) -> None:
     try:
-        surplus = sorted({file.name for file in path.iterdir()} - {MANIFEST, WEIGHTS})
+        with os.scandir(path) as files:
+            surplus = next((file.name for file in files if file.name not in (MANIFEST, WEIGHTS)), None)
     except OSError as error:
         raise ApotfxError(f"{path}: cannot be listed ({error.strerror}); allow it to be read") from error
-    if surplus:
-        raise ApotfxError(
-            f"{path / surplus[0]}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it"
-        )
+    if surplus is not None:
+        name = surplus if surplus.isprintable() else ascii(surplus)
+        raise ApotfxError(f"{path}/{name}: is not part of an export, which is {MANIFEST} and {WEIGHTS}; remove it")
 
 
 def _unpack_layer(layer: dict, tensors: dict[str, Tensor]) -> list[str]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
+from apotfx.generated_code import forgets_sources, require_writable_names
 from apotfx.integer.format import (
     describe_batch_norms,
     describe_rectifier,
@@ -23,11 +24,12 @@ from apotfx.layers import Geometry, float_type_of, kind_of
 from apotfx.modules import has_hooks
 from apotfx.reproducible import ReproducibleBatchNorm, folded_batch_norm
 from apotfx.graph.passes import Prepared
-from apotfx.graph.network import load_reached_state
+from apotfx.graph.network import load_reached_state, require_traceable
 
 BACKENDS = ("reference", "onednn")
 
 
+@forgets_sources
 def load_integer(
     path: str | os.PathLike,
     float_model: nn.Module,
@@ -57,7 +59,7 @@ def load_integer(
     """
     if backend not in BACKENDS:
         raise ApotfxError(f"backend {backend!r}: unknown; choose one of {', '.join(BACKENDS)}")
-    manifest, tensors = read_integer(path)
+    manifest, tensors = read_integer(path, float_model)
     imodel = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
     if backend == "onednn":
         lacking = what_onednn_lacks(imodel)
@@ -67,6 +69,7 @@ def load_integer(
     return imodel
 
 
+@forgets_sources
 def assemble(
     manifest: dict,
     tensors: dict[str, Tensor],
@@ -76,6 +79,8 @@ def assemble(
     example_inputs: object | None = None,
 ) -> nn.Module:
     """The reference network of an export that was read; see `load_integer`. `path` is for messages."""
+    require_traceable(float_model)
+    require_writable_names(float_model)
     prepared = Prepared(float_model, concrete_args, example_inputs)
     for name, parameter in prepared.model.named_parameters():
         if parameter.is_meta:

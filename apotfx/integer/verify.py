@@ -1,6 +1,5 @@
 """Whether an exported network is the one that was trained: its files first, then both networks, layer by layer."""
 
-import json
 import inspect
 import os
 import tempfile
@@ -16,7 +15,7 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, inspect_integer, read_integer
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.load import BACKENDS, assemble
-from apotfx.integer.manifest import MANIFEST, MAX_BYTES, read_file
+from apotfx.integer.manifest import MANIFEST, MAX_BYTES, parse_json, read_file
 from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, what_onednn_lacks
 from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
@@ -209,7 +208,7 @@ def verify(
         raise ApotfxError("verify: the quantized network is in training mode; call qmodel.eval()")
     path, tensors, problems, refusal = Path(path), {}, [], None
     try:
-        manifest, tensors, problems = inspect_integer(path)
+        manifest, tensors, problems = inspect_integer(path, float_model)
         reference = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
     except ApotfxError as error:
         refusal = error
@@ -253,8 +252,8 @@ def find_alterations(path: Path, tensors: dict[str, Tensor], qmodel: fx.GraphMod
     names = [*expected, *(name for name in tensors if name not in expected)] if tensors else []
     found = [_altered(name, tensors.get(name), expected.get(name)) for name in names]
     try:
-        manifest = json.loads(read_file(path / MANIFEST, MAX_BYTES))
-    except (ApotfxError, ValueError, RecursionError):
+        manifest = parse_json(read_file(path / MANIFEST, MAX_BYTES))
+    except ValueError:
         manifest = None
     if isinstance(manifest, dict):
         for part in ("layers", "graph"):

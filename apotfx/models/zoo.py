@@ -1,10 +1,13 @@
 """Networks by name: the ResNets and small networks of this package, and torchvision's classification networks."""
 
 import difflib
+import math
+import os
 
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from apotfx.errors import ApotfxError
 from apotfx.models.resnet import RESNETS, build_resnet
@@ -25,7 +28,9 @@ def require_known(arch: str) -> None:
         raise ApotfxError(_unknown(arch))
 
 
-def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: int) -> tuple[nn.Module, int]:
+def build_model(
+    arch: str, *, in_channels: int, num_classes: int, image_size: int, max_parameters: int | None = None
+) -> tuple[nn.Module, int]:
     """Build a float network, randomly initialized from torch's global generator.
 
     A network of torchvision's that cannot take images of `image_size` pixels takes the next larger size that
@@ -36,18 +41,50 @@ def build_model(arch: str, *, in_channels: int, num_classes: int, image_size: in
         in_channels: Channels of the images, >= 1.
         num_classes: Number of outputs, >= 1.
         image_size: Height and width of the data set's images in pixels, >= 1.
+        max_parameters: That it may have; None for what fills half of the memory.
 
     Returns:
         The network in training mode, images [B, in_channels, S, S] -> logits [B, num_classes], and its S.
 
     Raises:
-        ApotfxError: The name is unknown, or the network takes none of the sizes.
+        ApotfxError: The name is unknown, the network takes none of the sizes, or it has too many parameters, which is
+            found before they take memory.
     """
+    require_known(arch)
+    try:
+        with _Weightless():
+            model, size = _build(arch, in_channels, num_classes, image_size)
+        count = sum(parameter.numel() for parameter in model.parameters())
+    except (RuntimeError, TypeError):  # a size beyond 64 bits
+        count = math.inf
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8  # half of it, as float32
+    if count > min(memory, max_parameters or memory):
+        raise ApotfxError(
+            f"{arch} for {num_classes} classes and {in_channels} channels of {image_size} pixels has {count} parameters, "
+            f"expected at most {min(memory, max_parameters or memory)}; choose another network, or smaller images"
+        )
+    if arch.startswith(PREFIX):
+        return _torchvision_model(arch.removeprefix(PREFIX), in_channels, num_classes, size).train(), size
+    return _build(arch, in_channels, num_classes, image_size)
+
+
+class _Weightless(TorchFunctionMode):
+    """Networks that are built in its context have weights without memory, on the meta device."""
+
+    MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)  # not those that compute sizes of layers
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.MAKERS:
+            kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _build(arch: str, in_channels: int, num_classes: int, image_size: int) -> tuple[nn.Module, int]:
     if arch in RESNETS:
         return build_resnet(arch, in_channels=in_channels, num_classes=num_classes), image_size
     if arch in SMALL:
         return build_small(arch, in_channels=in_channels, num_classes=num_classes, image_size=image_size)
-    require_known(arch)
     return _fitted_torchvision_model(arch.removeprefix(PREFIX), in_channels, num_classes, image_size)
 
 

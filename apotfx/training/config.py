@@ -1,17 +1,22 @@
 """The configuration of a run, and the recipes that fill it in."""
 
 import dataclasses
+import math
+import typing
 from dataclasses import dataclass
+from types import NoneType, UnionType
 
 from apotfx.calibrate import METHODS as CLIP_INITS
 from apotfx.engine import ENGINES
 from apotfx.errors import ApotfxError
 from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import FLOAT_BITS, BitPolicy
+from apotfx.tensors import printable
 from apotfx.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "cosine", "onecycle", "step")
 AUGMENTATIONS = ("default", "strong", "flip", "none")
+MAX_IMAGE_SIZE, MAX_EPOCHS = 4096, 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class TrainConfig:
         scheme: "apot", "pot" or "uniform".
         policy: the policy as `BitPolicy.to_dict` gives it; None for the recipe's.
         dataset: name of the data set; None for mnist with scikit-learn's digits to fall back on.
-        image_size: height and width that images are resized to; None for the data's own.
+        image_size: height and width that images are resized to, 1 to 4096; None for the data's own.
         train_images: how many of the training images to use; None for all.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
@@ -94,7 +99,9 @@ class TrainConfig:
         _require(self.clip_init in CLIP_INITS, "clip-init", self.clip_init, f"one of {', '.join(CLIP_INITS)}")
         _require(self.engine in ("auto", *ENGINES), "engine", self.engine, f"one of auto, {', '.join(ENGINES)}")
         _require(self.train_images is None or self.train_images >= 2, "train-images", self.train_images, "at least 2")
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        size = self.image_size
+        _require(size is None or 1 <= size <= MAX_IMAGE_SIZE, "image-size", size, f"1 to {MAX_IMAGE_SIZE}")
+        _require(1 <= self.epochs <= MAX_EPOCHS, "epochs", self.epochs, f"1 to {MAX_EPOCHS}")
         _require(self.batch_size >= 2, "batch-size", self.batch_size, "at least 2 (batch norm needs two images)")
         _require(0 < self.lr < float("inf"), "lr", self.lr, "more than 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
@@ -110,12 +117,25 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, content: dict, source: str) -> "TrainConfig":
-        """The inverse of `dataclasses.asdict`. Raises ApotfxError on an unknown key, naming it and `source`."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in content:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ApotfxError: an unknown key, or a value of another type or range; names it and `source`.
+        """
+        known = typing.get_type_hints(cls)
+        if not isinstance(content, dict):
+            raise ApotfxError(f"{source}: is a {type(content).__name__}, expected settings by name; use another copy")
+        for key, value in content.items():
             if key not in known:
-                raise ApotfxError(f"{source}: unknown key {key!r}; it was written by another version of apotfx")
-        return cls(**content)
+                raise ApotfxError(f"{source}: unknown key {printable(key)!r}; another version wrote it")
+            if not _is(value, known[key]):
+                raise ApotfxError(f"{source}: {key} is a {type(value).__name__}, which it cannot be; use another copy")
+        try:
+            config = cls(**content)
+            config.bit_policy()
+        except ApotfxError as error:
+            raise ApotfxError(f"{source}: {error}") from None
+        return config
 
     def bit_policy(self) -> BitPolicy:
         """The policy given, or the one of the recipe, the bits and the scheme."""
@@ -124,6 +144,20 @@ class TrainConfig:
         if self.recipe == "published" and self.bit != FLOAT_BITS:
             return BitPolicy.published(self.bit, self.scheme)
         return BitPolicy.default(self.bit, self.scheme)
+
+
+def _is(value: object, hint: object) -> bool:
+    """Whether `value`, which JSON could hold, is of the type."""
+    arguments = typing.get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_is(value, argument) for argument in arguments)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_is(item, arguments[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint is str:
+        return isinstance(value, str) and value.isprintable()
+    return type(value) is hint or hint in (None, NoneType) and value is None
 
 
 def _require(condition: bool, flag: str, value: object, expected: str) -> None:

@@ -4,16 +4,20 @@ import contextlib
 import io
 import os
 import socket
+import stat
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -29,6 +33,8 @@ DOWNLOAD_FOLDER = Path("data")
 DOWNLOAD_TIMEOUT = 15.0  # seconds without an answer
 MNIST_MEAN, MNIST_STD = (0.131,), (0.308,)  # as published
 MAX_FOLDER_IMAGE_SIZE = 224
+MAX_ASPECT_RATIO = 100  # images are resized by their shorter side
+MAX_FILE_BYTES = 2**30  # of MNIST and such
 # The held-out images, and those to learn from, must not change with a run's seed, or runs could not be compared.
 VALIDATION_SEED = 0
 TRAIN_IMAGES_SEED = 0
@@ -170,6 +176,9 @@ def _find(name: str, root: Path | None) -> Path:
     directory = DOWNLOAD_FOLDER if root is None else Path(root)
     missing = [file for file in files if not (directory / folder / file).is_file()]
     if not missing:
+        for path in (directory / folder / file for file in files):
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ApotfxError(f"{path}: has {path.stat().st_size} bytes; put the original file there")
         return directory
     reason = f"found no {directory / folder / missing[0]}"
     if root is None:
@@ -259,11 +268,47 @@ def _open_folder(path: Path) -> datasets.ImageFolder:
 
 
 def _open_rgb(path: str) -> Image.Image:
+    """The image in a file as 8-bit RGB, upright as its EXIF data say; of several frames the first.
+
+    Transparent pixels show white behind them. Of 16 bits the upper 8 are kept. Floats are taken from 0 to 1. Colour
+    profiles are ignored.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with _open_file(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's, of odd files that it reads all the same
+            with Image.open(file) as image:
+                width, height = image.size
+                if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                    raise ValueError(f"{width}x{height} pixels; expected sides at most {MAX_ASPECT_RATIO}:1")
+                return _to_rgb(ImageOps.exif_transpose(image), image.format)
     except Exception as error:  # Pillow's decoders raise anything
         raise ApotfxError(f"{path} cannot be decoded ({_one_line(error)}); replace or delete it") from None
+
+
+def _open_file(path: str) -> BinaryIO:
+    """Raises: OSError, ValueError: it cannot be read, or is a pipe or a device, which would be waited for."""
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a file")
+    return file
+
+
+def _to_rgb(image: Image.Image, format: str | None) -> Image.Image:
+    """Raises: ValueError: pixels of which it is unknown how bright they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and format == "PNG"):  # as Pillow before 11 has it
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError("integers of 32 bits; expected 8 or 16")
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # also with NaN
+            raise ValueError(f"floats from {values.min():g} to {values.max():g}; expected 0 to 1")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    if {"A", "a"}.intersection(image.getbands()) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _decode(folder: datasets.ImageFolder, size: int, workers: int) -> Split:
@@ -335,7 +380,8 @@ def _resized(split: Split, size: int) -> Split:
         return split
     _check_memory(count, channels, size)
     images = torch.empty(count, channels, size, size, dtype=torch.uint8)
-    for target, batch in zip(images.split(1024), split.images.split(1024)):
+    at_once = max(1, 2**26 // (channels * size * size))  # as floats
+    for target, batch in zip(images.split(at_once), split.images.split(at_once)):
         target.copy_(_resize(batch.float(), size).round())
     return Split(images, split.labels)
 

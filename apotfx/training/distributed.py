@@ -1,10 +1,11 @@
 """Training on several processes, as torchrun starts them."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apotfx.errors import ApotfxError
 from apotfx.reproducible import SyncBatchNorm, evaluate_batch_norm
+
+Value = TypeVar("Value")
+_TRANSPORT = re.compile(r"gloo|nccl|connection|socket|peer|timed out|timeout", re.IGNORECASE)
 
 
 class Processes:
@@ -30,7 +34,8 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.world_size > 1:
-            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+            with self.together():
+                dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +56,35 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """What `function` returns on rank 0, or the user's mistake that it raises there, on every process."""
+        outcome = None
+        if self.is_main:
+            try:
+                outcome = function(), None
+            except (ApotfxError, OSError) as error:
+                outcome = None, error
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all processes do.
+
+        Raises:
+            ApotfxError: another process has ended, so that this one waits in vain.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or _TRANSPORT.search(str(error))):
+                raise
+            raise ApotfxError(
+                f"process {self.rank} of {self.world_size}: another one has ended; continue the run with --resume"
+            ) from error
 
     def wait(self) -> None:
         """Until every process has come here."""
@@ -139,7 +173,8 @@ def pick_device(name: str | None, gpu: int | None) -> torch.device:
         raise ApotfxError(f"--device {name}: unknown; expected cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ApotfxError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # Negative: torch keeps the index in a byte.
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise ApotfxError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

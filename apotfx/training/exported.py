@@ -1,5 +1,6 @@
 """A finished run's export, with what the tools that read it need to know about the network and its images."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,14 @@ from torch import fx, nn
 
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
-from apotfx.integer.format import MANIFEST, read_manifest
+from apotfx.integer.format import MANIFEST, WEIGHTS, read_manifest
 from apotfx.models import build_model
 from apotfx.graph.passes import quantize
-from apotfx.training.checkpoint import load_state, read_checkpoint
+from apotfx.training.checkpoint import BEST, load_state, read_checkpoint
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset
 
-EXPORT, BEST = "integer", "best.pt"
+EXPORT = "integer"
 _METADATA = {"arch", "dataset", "in_channels", "num_classes", "dataset_image_size", "image_size", "mean", "std"}
 
 
@@ -94,7 +95,8 @@ def open_export(path: str | os.PathLike) -> Exported:
         ApotfxError: as `find_export`; or an export that does not say which network it is of.
     """
     path, best = find_export(path)
-    metadata = read_manifest(path / MANIFEST)["metadata"]
+    manifest = read_manifest(path / MANIFEST)
+    metadata = manifest["metadata"]
     missing = sorted(_METADATA - metadata.keys())
     if missing:
         raise ApotfxError(
@@ -105,5 +107,16 @@ def open_export(path: str | os.PathLike) -> Exported:
         in_channels=metadata["in_channels"],
         num_classes=metadata["num_classes"],
         image_size=metadata["dataset_image_size"],
+        max_parameters=_num_parameters(manifest, path),
     )
     return Exported(path, metadata, float_model, best)
+
+
+def _num_parameters(manifest: dict, path: Path) -> int:
+    """At most: as many as the manifest states. Raises: ApotfxError: these are more than the file of the weights holds."""
+    weights = sum(math.prod(layer["shape"]) for layer in manifest["layers"])
+    others = sum(math.prod(tensor["shape"]) for tensor in manifest["tensors"].values())
+    size = (path / WEIGHTS).stat().st_size if (path / WEIGHTS).is_file() else 0
+    if others > size:
+        raise ApotfxError(f"{path / WEIGHTS}: has {size} bytes, {MANIFEST} states more; export the model again")
+    return weights + others

@@ -1,11 +1,10 @@
 """The training loop: epochs over batches, validation, checkpoints, and a clean stop."""
 
 import functools
-import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,14 @@ from tqdm import tqdm
 from apotfx.errors import ApotfxError
 from apotfx.layers import QuantLayer
 from apotfx.training.augment import Augment, to_device
-from apotfx.training.checkpoint import save_checkpoint
+from apotfx.training.checkpoint import (
+    BEST,
+    LAST,
+    RUNNING,
+    load_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
 from apotfx.training.config import TrainConfig
 from apotfx.training.data import Dataset, Split, TrainBatches, eval_batches
 from apotfx.training.distributed import Processes, synchronize_batch_norms
@@ -31,7 +37,7 @@ from apotfx.training.recording import Recorded
 EVAL_BATCH_SIZE = 1000
 MONITORED_IMAGES = 256
 STEPS_PER_BAR = 10
-RUNNING = ("loss", "correct", "images")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopwatch:
@@ -95,6 +101,7 @@ class Trainer:
         teachers: float networks to distil from, each in its turn of the steps, on `device`.
         device: where to train.
         processes: this process and the others.
+        environment: what the bits depend on besides the configuration; goes into the checkpoints.
     """
 
     def __init__(
@@ -106,7 +113,9 @@ class Trainer:
         teachers: Sequence[nn.Module],
         device: torch.device,
         processes: Processes,
+        environment: Mapping[str, str] | None = None,
     ):
+        self.environment = dict(environment or {})
         self.config, self.dataset, self.image_size = config, dataset, image_size
         self.device, self.processes, self.teachers = device, processes, teachers
         self.model = synchronize_batch_norms(model, device) if processes.world_size > 1 else model
@@ -155,7 +164,7 @@ class Trainer:
         """Train to the end; leaves `checkpoint.pt` (last) and `best.pt` in `run_dir`.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM; `checkpoint.pt` holds the step that was reached.
+            Interrupted: after SIGINT, SIGTERM or SIGHUP; `checkpoint.pt` holds the step that was reached.
             ApotfxError: the loss or the gradient became NaN or infinite; the last checkpoint stays.
         """
         steps = len(self.batches)
@@ -293,10 +302,6 @@ class Trainer:
             )
         if val_acc >= self.best["val_acc"]:  # of equals the later one, which has trained longer
             self.best = {"val_acc": val_acc, "epoch": epoch + 1}
-            if self.processes.is_main:
-                best = self._identity() | {"model": self.evaluated.state_dict()} | self.best
-                with self.clock("saving"):
-                    save_checkpoint(run_dir / "best.pt", best)
         with self.clock("logging"):
             monitor.layers(self.evaluated, self._monitored_images(), self.step)
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -313,6 +318,7 @@ class Trainer:
             },
         )
         self.save(run_dir)
+        self.save_best(run_dir)
         if self.processes.is_main:
             tqdm.write(
                 f"epoch {epoch + 1:>{len(str(self.config.epochs))}}/{self.config.epochs}  loss {train['loss']:.4f}  "
@@ -338,49 +344,121 @@ class Trainer:
         return self.processes.sum(float(stop), self.device) > 0
 
     def _identity(self) -> dict:
-        dataset = {"name": self.dataset.name, "num_classes": self.dataset.num_classes}
-        return {"config": asdict(self.config), "policy": self.config.bit_policy().to_dict(), "dataset": dataset}
+        return {
+            "config": asdict(self.config),
+            "policy": self.config.bit_policy().to_dict(),
+            "dataset": {"name": self.dataset.name, "num_classes": self.dataset.num_classes},
+            "made_with": self.environment,
+            "best": self.best,
+        }
 
     def save(self, run_dir: Path) -> None:
         """Write `checkpoint.pt`, on the main process."""
         if self.processes.is_main:
             with self.clock("saving"):
-                save_checkpoint(run_dir / "checkpoint.pt", self._identity() | self.state_dict())
+                save_checkpoint(run_dir / LAST, self._identity() | self.state_dict())
+
+    def save_best(self, run_dir: Path) -> None:
+        """Write `best.pt`, on the main process, if the epoch that has just ended is the best.
+
+        After the checkpoint, which then holds the same weights, so that a kill between the two costs nothing.
+        """
+        if self.processes.is_main and self._has_just_ended(self.best["epoch"]):
+            with self.clock("saving"):
+                save_checkpoint(run_dir / BEST, self._identity() | {"model": self.evaluated.state_dict()})
+
+    def _has_just_ended(self, epoch: int) -> bool:
+        return epoch > 0 and self.step == epoch * len(self.batches)
+
+    def require_best(self, run_dir: Path) -> None:
+        """See to it that `best.pt` is of the epoch that this training, continued from its checkpoint, says.
+
+        Raises:
+            ApotfxError: it is missing, or of another epoch.
+        """
+        if not self.best["epoch"] or not self.processes.is_main:
+            return
+        path = run_dir / BEST
+        found = read_checkpoint(path).best if path.exists() else None
+        if found != self.best:
+            if not self._has_just_ended(self.best["epoch"]):
+                what = "is missing" if found is None else f"is of epoch {found['epoch']}"
+                raise ApotfxError(f"{path}: {what}, {LAST} beside it says epoch {self.best['epoch']}; put it back")
+            self.save_best(run_dir)
 
     def state_dict(self) -> dict:
+        """What goes on with this training: dicts of tensors, and JSON."""
         if self.average:
             self.average.copy_others()
-        return {
+        state = {
             "model": self.model.state_dict(),
             "ema": self.average.module.state_dict() if self.average else None,
             "ema_count": int(self.average.n_averaged) if self.average else 0,
-            "optimizer": self.optimizer.state_dict(),
+            "momentum": {
+                name: self.optimizer.state[parameter]["momentum_buffer"]
+                for name, parameter in self._parameters().items()
+                if self.optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
+            },
             "step": self.step,
             "seconds": self.seconds,
             "clock": self.clock.seconds,
             "best": self.best,
             "running": dict(zip(RUNNING, self.running.tolist(), strict=True)),
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "python": list(random.getstate()[1]),
-            },
+            "random": {"torch": torch.get_rng_state()},
         }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.recordings.clear()  # which hold the optimizer's tensors
-        self.model.load_state_dict(state["model"])
-        if self.average:
-            self.average.module.load_state_dict(state["ema"])
-            self.average.n_averaged.fill_(state["ema_count"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.clock.seconds = dict(state.get("clock") or {})
-        self.step, self.seconds, self.best = (state[key] for key in ("step", "seconds", "best"))
-        self.running.copy_(torch.tensor([state["running"][name] for name in RUNNING], dtype=torch.float64))
-        torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-        random.setstate((3, tuple(state["random"]["python"]), None))
+            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Those that are trained, by name, in the optimizer's order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[parameter]: parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+
+    def load_state_dict(self, state: dict, source: str = "state") -> None:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: what `read_checkpoint` found.
+
+        Raises:
+            ApotfxError: it is of another network or another training; names `source`.
+        """
+        self.recordings.clear()  # which hold the optimizer's tensors
+        if state["step"] > self.total_steps:
+            raise ApotfxError(f"{source}: is at step {state['step']} of {self.total_steps}; it is of another training")
+        load_tensors(self.model, state["model"], source)
+        if self.average:
+            load_tensors(self.average.module, state["ema"], source)
+            self.average.n_averaged.fill_(state["ema_count"])
+        self._load_momentum(state["momentum"], source)
+        self.clock.seconds = dict(state["clock"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], dict(state["best"])
+        self.running.copy_(torch.tensor([state["running"][name] for name in RUNNING], dtype=torch.float64))
+        self._load_generators(state["random"], source)
+
+    def _load_momentum(self, buffers: dict[str | int, Tensor], source: str) -> None:
+        parameters = self._parameters()
+        names = list(parameters)
+        # Checkpoints of version 1 count.
+        buffers = {names[k] if isinstance(k, int) and 0 <= k < len(names) else k: v for k, v in buffers.items()}
+        for name, buffer in buffers.items():
+            parameter = parameters.get(name)
+            if parameter is None or buffer.shape != parameter.shape or buffer.dtype != parameter.dtype:
+                raise ApotfxError(f"{source}: the momentum of {name} does not fit; it is of another network")
+        self.optimizer.state.clear()
+        for name, buffer in buffers.items():
+            # In the parameter's memory format, as the fused optimizer makes it.
+            momentum = torch.empty_like(parameters[name], requires_grad=False).copy_(buffer)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum
+
+    def _load_generators(self, states: dict[str, Tensor], source: str) -> None:
+        torch.set_rng_state(states["torch"])
+        if self.device.type == "cuda" and "cuda" in states:
+            try:
+                torch.cuda.set_rng_state(states["cuda"], self.device)
+            except RuntimeError:
+                raise ApotfxError(f"{source}: random/cuda is not the state of a generator") from None
 
 
 @torch.no_grad()
@@ -421,19 +499,22 @@ def _norm_of_gradients(model: nn.Module) -> Tensor:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """While active, SIGINT and SIGTERM only set a flag; yields what reads it. A second one acts at once."""
+    """While active, `STOP_SIGNALS` only set a flag; yields what reads it. A second one acts at once."""
     received = []
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
+    heeded = [number for number, handler in previous.items() if handler != signal.SIG_IGN]  # nohup ignores SIGHUP
+    for number in heeded:
+        signal.signal(number, handle)
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, previous[number])
 
 
 def _progress(
