@@ -1,14 +1,10 @@
 import math
-<<<<<<< HEAD
-import random
-from dataclasses import replace
-=======
 import os
+import random
 import re
 import signal
 from dataclasses import asdict, replace
 from itertools import islice
->>>>>>> main
 
 import numpy as np
 import pytest
@@ -254,7 +250,7 @@ class Noisy(nn.Module):
 
 
 def bits(t):
-    return {key: t.state_dict()[key] for key in ("model", "ema", "optimizer", "running", "best")}
+    return {key: t.state_dict()[key] for key in ("model", "ema", "momentum", "running", "best")}
 
 
 def test_a_teacher_that_draws_random_numbers_shifts_nothing(tmp_path):
