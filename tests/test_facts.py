@@ -203,9 +203,9 @@ def test_only_functions_of_torch_are_known_by_name():
     (lambda p, s: operator.setitem(p, 0, s[0]), True), (lambda p, s: p[:, :2].neg_(), True),
     (lambda p, s: p.add_(1), False), (lambda p, s: p.add_(p).mul_(2), False), (lambda p, s: operator.imul(p, 2), False),
     (lambda p, s: operator.setitem(p, 0, 1.0), False), (lambda p, s: p[:, :2].add_(1), False),
-    (lambda p, s: p.flatten(1).sqrt_(), False),
+    (lambda p, s: p.flatten(1).sqrt_(), False), (lambda p, s: operator.setitem(p, p > 6, 6.0), False),
 ], ids=["add_", "sub_", "mul_", "copy_", "neg_", "clamp_", "iadd", "itruediv", "setitem", "view", "add_-1", "twice", "imul",
-        "setitem-1", "view-1", "flatten"])  # fmt: skip
+        "setitem-1", "view-1", "flatten", "mask"])  # fmt: skip
 def test_a_change_in_place_is_seen_by_later_readers(change, signed):
     def between(net, signed, positive):
         change(positive, signed)
@@ -214,9 +214,12 @@ def test_a_change_in_place_is_seen_by_later_readers(change, signed):
     assert planned_facts(Net(between))["last"].signed_input is signed
 
 
-def test_a_tensor_that_is_overwritten_as_a_whole_has_the_sign_of_the_new_value():
+@pytest.mark.parametrize("change", [
+    lambda s: s.relu_(), lambda s: s.masked_fill_(s < 0, 0), lambda s: operator.setitem(s, s < 0, 0.0),
+], ids=["relu_", "masked_fill_", "setitem"])  # fmt: skip
+def test_a_tensor_that_is_overwritten_where_it_is_negative_is_not_any_more(change):
     def between(net, signed, positive):
-        signed.relu_()
+        change(signed)
         return signed
 
     assert not planned_facts(Net(between))["last"].signed_input

@@ -473,8 +473,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=8, help="2 to 8 (default 8)")
     add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="uniform",
         help=f"one of {', '.join(SCHEMES)} (default uniform)")
-    add("--timeout", metavar="N", type=positive, default=180, help="seconds of the processor that a network may take (default 180)")
-    add("--memory", metavar="N", type=positive, default=12, help="GiB that a network may take (default 12)")
+    add("--timeout", metavar="N", type=positive, default=400, help="seconds of the processor that a network may take (default 400)")
+    add("--memory", metavar="N", type=positive, default=16, help="GiB that a network may take (default 16)")
     add("--limit-seconds", metavar="N", type=positive, help="begin no network after that; --resume goes on")
     # fmt: on
     return p

@@ -90,6 +90,31 @@ class Ranges(Mapping[fx.Node, Interval]):
         inputs = argument.all_input_nodes
         return name in passing and bool(inputs) and all(self.has_type(x, kind) for x in inputs)
 
+    def where(self, x: object, condition: object, holds: bool = True) -> Interval:
+        """Of x where a condition holds, or does not, which may compare x itself, as in `where(x > 0, x, 0)`."""
+        found, name = self.of(x), None
+        while isinstance(condition, fx.Node) and name not in GREATER | LESS:
+            name = operation(condition, self._modules)
+            if name in COPYING:
+                condition, holds = condition.args[0], holds != (name in ("invert", "bitwisenot", "logicalnot"))
+            elif name not in GREATER | LESS:
+                return found
+        if not isinstance(condition, fx.Node) or len(condition.args) != 2:
+            return found
+        sides = [self._uncopied(side) for side in condition.args]
+        if self._uncopied(x) not in sides:
+            return found
+        left = sides[0] is self._uncopied(x)
+        bound = self.of(condition.args[left])
+        greater = ((name in GREATER) == left) == holds
+        low, high = (max(found.low, bound.low), found.high) if greater else (found.low, min(found.high, bound.high))
+        return Interval(low, high) if low <= high else found
+
+    def _uncopied(self, x: object) -> object:
+        while isinstance(x, fx.Node) and operation(x, self._modules) in ("clone", "detach", "contiguous"):
+            x = x.all_input_nodes[0]
+        return x
+
     def _range(self, node: fx.Node) -> Interval:
         if node.op == "get_attr":
             return _of_tensor(node.target, attribute(self._modules[""], node.target))
@@ -110,7 +135,8 @@ class Call:
     """A call of an operation: its arguments, by position and name, and their ranges."""
 
     def __init__(self, node: fx.Node, module: nn.Module | None, ranges: Ranges):
-        self.node, self.module, self.of, self.has_type = node, module, ranges.of, ranges.has_type
+        self.node, self.module = node, module
+        self.of, self.where, self.has_type = ranges.of, ranges.where, ranges.has_type
 
     def get(self, position: int | None, *names: str, default: object = None) -> object:
         """An argument, or a setting of the module."""
@@ -411,8 +437,15 @@ def _rms_norm(call: Call) -> Interval:
 def _where(call: Call) -> Interval:
     if call.size == 1:
         return NON_NEGATIVE  # indices
-    chosen = 0 if call.node.op == "call_method" else 1  # x.where(condition, y)
-    return hull(call.range(chosen, "input", "self"), call.range(2, "other"))
+    condition, x, y = call.get(0, "condition"), call.get(1, "input", "self"), call.get(2, "other")
+    if call.node.op == "call_method":  # x.where(condition, y)
+        condition, x = call.get(1, "condition"), call.get(0)
+    return hull(call.where(x, condition), call.where(y, condition, False))
+
+
+def _masked(call: Call) -> Interval:
+    """masked_fill, masked_scatter and item assignment: (x, mask or key, value)."""
+    return hull(call.where(call.get(0), call.get(1, "mask"), False), call.range(2, "value", "source"))
 
 
 def _scatter(call: Call) -> Interval:
@@ -497,7 +530,12 @@ def _product(call: Call) -> Interval:
     x, y = call.get(0, "input", "self"), call.get(1, "other")
     if call.is_of_lists:
         return UNKNOWN
-    return square(call.of(x)) if x is y and isinstance(x, fx.Node) else multiply(call.of(x), call.of(y))
+    if x is y and isinstance(x, fx.Node):
+        return square(call.of(x))
+    for a, b in ((x, y), (y, x)):
+        if call.of(b) == UNIT and call.where(a, b) != call.of(a):  # x * (x > 0)
+            return hull(call.where(a, b), ZERO)
+    return multiply(call.of(x), call.of(y))
 
 
 def _quotient(swapped: bool = False) -> Rule:
@@ -582,7 +620,9 @@ def _bitwise(call: Call) -> Interval:
 
 def _numbers(call: Call) -> Interval:
     """Between 0, 1 and the arguments: arange, linspace, randint, uniform_, tensor."""
-    arguments = (*call.node.args[call.node.op == "call_method" :], *call.node.kwargs.values())
+    settings = ("device", "dtype", "layout", "generator")
+    kwargs = [x for key, x in call.node.kwargs.items() if key not in settings]
+    arguments = (*call.node.args[call.node.op == "call_method" :], *kwargs)
     return hull(UNIT, *(call.of(x) for x in arguments if isinstance(x, (fx.Node, int, float, tuple, list))))
 
 
@@ -716,7 +756,7 @@ RULES = _table(
     ("interpolate upsample upsampling_nearest2d upsampling_bilinear2d", _interpolate),
     # Elements chosen or put in place.
     ("where", _where), ("repeat_interleave", lambda c: c.range() if c.size > 1 else NON_NEGATIVE),
-    ("masked_fill masked_scatter", _hull_of((0,), (2, "value", "source"))), ("setitem", _hull_of((0,), (2, "value"))),
+    ("masked_fill masked_scatter setitem", _masked),
     ("index_fill index_copy", _hull_of((0,), (3, "value", "source"))), ("fill_diagonal store", _hull_of((0,), (1,))),
     ("scatter", _scatter), ("index_put put", _index_put), ("scatter_add index_add", _index_add), ("see", _seen),
     ("scatter_reduce index_reduce", lambda c: non_negative_if(hull(c.range(), c.range(3, "src", "source")).low >= 0)),
@@ -734,6 +774,9 @@ KEEPING = {*_names(KEEP + KEEP_ALL + KEEP_OR_ZERO + AVERAGE + CONE), *_names("""
     max_pool# adaptive_max_pool# avg_pool# lp_pool# pad constant_pad_nd constant_pad# interpolate upsample
     upsampling_nearest2d upsampling_bilinear2d grid_sample
 """)}  # fmt: skip
+GREATER, LESS = {"gt", "ge", "greater", "greaterequal"}, {"lt", "le", "less", "lessequal"}
+# What leaves a condition as it is, or makes its opposite of it.
+COPYING = {*CONVERSIONS, *_names("clone detach contiguous invert bitwise_not logical_not")}
 BOOLEAN = {*_names(COMPARISONS), "bool"}
 NEGATABLE = {*LOGICAL, *_names("invert bitwise_not")}
 INDEXING = {*_names(INDICES)}
