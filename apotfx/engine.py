@@ -1,6 +1,7 @@
 """The quantized operator, and the engines that run it: plain torch, compiled kernels, 8-bit integer arithmetic.
 
-All engines compute the same function: in evaluation the same bits, in training up to float32 rounding.
+All engines compute the same function: in evaluation the same bits, in training up to float32 rounding. All but plain torch
+hide what they do from whoever follows torch's operations (see `functional.is_traced`), and are not used there.
 """
 
 import functools
@@ -156,8 +157,8 @@ class Compiled(Eager):
     name = "compiled"
 
     def standard_deviation(self, w: Tensor) -> Tensor:
-        on_cpu = w.dtype == torch.float32 and w.device.type == "cpu"
-        if on_cpu and F.is_plain(w) and w.numel() and F.is_dense(w):
+        on_cpu = w.dtype == torch.float32 and w.device.type == "cpu" and type(w) in F.PLAIN
+        if on_cpu and w.numel() and F.is_dense(w):
             return kernels.standard_deviation(w)
         return _for_device(w).standard_deviation(w)
 
@@ -185,8 +186,7 @@ class Compiled(Eager):
 
 def _for_device(x: Tensor) -> Eager:
     """What computes what our kernels for the CPU do not accept."""
-    on_gpu = x.device.type == "cuda" and HAS_TRITON and not F.is_traced()
-    return ON_GPU if on_gpu else EAGER
+    return ON_GPU if x.device.type == "cuda" and HAS_TRITON else EAGER
 
 
 class Int8(Eager):
@@ -334,8 +334,8 @@ def what_bytes_lack() -> str | None:
     return None if exact else "it is not exact here"
 
 
-def _one(like: Tensor) -> Tensor:
-    if like.dtype != torch.float32 or not F.is_plain(like):
+def _one(like: Tensor, engine: Eager) -> Tensor:
+    if engine is EAGER or like.dtype != torch.float32 or type(like) not in F.PLAIN:
         return like.new_ones(())
     return _one_on(like.device)
 
@@ -373,9 +373,10 @@ class _QuantizedOp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        settings = ctx.settings._replace(engine=EAGER) if F.is_traced() else ctx.settings
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         needs_w = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        gradients = functools.partial(_gradients, grad.to(ctx.settings.dtype), *ctx.saved_tensors, ctx.settings)
+        gradients = functools.partial(_gradients, grad.to(settings.dtype), *ctx.saved_tensors, settings)
         if needs_x and needs_w and _is_recorded(grad):
             # Replayed side by side, as the kernels of a small layer leave most of a GPU idle.
             stream, beside = torch.cuda.current_stream(grad.device), _second_stream(grad.device)
@@ -437,7 +438,7 @@ def _gradients(
     grad_x, grad_w = operator.backward(
         grad,
         n_x if needs_w else x.values.to(dtype),
-        engine.levels(w, _one(w.values), "w", dtype) if needs_x else w.values.to(dtype),
+        engine.levels(w, _one(w.values, engine), "w", dtype) if needs_x else w.values.to(dtype),
         (needs_x, needs_w),
     )
     grad_clip_x = grad_clip_w = None
@@ -474,17 +475,18 @@ def quantized_op(
             scale afterwards; otherwise whatever is faster.
         clip_grad_factor: multiplies the gradients of both clips.
         everywhere: passes the weight's gradient outside its clip too.
-        engine: what computes it.
+        engine: what computes it, where nothing but autograd follows; else torch's operations do.
     """
-    device, inputs = x.values.device.type, (x.values, w.values, x.clip, w.clip)
+    device, inputs, traced = x.values.device.type, (x.values, w.values, x.clip, w.clip), F.is_traced()
+    engine = EAGER if traced else engine
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        if torch.jit.is_tracing():  # records no gradient but that of torch's operations
+        learns = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+        if traced and torch.jit.is_tracing():  # which records no gradient but that of torch's operations
             if learns and not exact:
                 raise ApotfxError("torch.jit.trace: loses the gradients of quantized layers; call eval() first")
             return engine.product(x, w, engine.scale(x), operator, dtype, exact).detach()
         if not learns:
             return engine.product(x, w, engine.scale(x), operator, dtype, exact)
         settings = _Settings(x.levels, w.levels, operator, dtype, exact, clip_grad_factor, everywhere, engine)
-        function = _TransformedOp if torch._C._are_functorch_transforms_active() else _QuantizedOp
-        return function.apply(*inputs, w.unit, settings)
+        transformed = traced and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return (_TransformedOp if transformed else _QuantizedOp).apply(*inputs, w.unit, settings)

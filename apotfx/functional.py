@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from .levels import LevelSet
 
+PLAIN = (Tensor, Parameter)
 MIN_CLIP = 1e-8  # a clip that training drives to zero or below would turn the whole layer into NaN
 
 
@@ -25,21 +28,21 @@ def is_traced() -> bool:
     what comes from a cache, would be a constant to it.
     """
     return (
-        torch.compiler.is_compiling()  # first, as torch.compile cannot enter the others
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        is_compiling()  # first, as torch.compile cannot enter the others
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
     )
 
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is a tensor and nothing else, that nothing but autograd follows."""
-    return type(x) in (Tensor, Parameter) and not is_traced()
+    return type(x) in PLAIN and not is_traced()
 
 
 def encoding_table(level_set: LevelSet, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`level_set.encoding_table` beside the tensor `like`, not to be written to; in `dtype`, which holds 2^15 exactly."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _compiled_table(level_set.scheme, level_set.bits, level_set.signed, dtype, like.device)
     if is_plain(like):
         return _cached_table(level_set, dtype, like.device)
@@ -131,7 +134,7 @@ def encode(x: Tensor, clip: Tensor, levels: Levels) -> Tensor:
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]`, which costs twice as much where nothing traces it; `index` is dense, as it is new."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # Of other formats torch.compile expects other strides than the look-up has.
         return table[index if suggests_channels_last(index) else index.contiguous()]
     if not is_plain(index):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functional import MIN_CLIP, Operand, encoding_table, is_dense, is_plain
+from .functional import MIN_CLIP, PLAIN, Operand, encoding_table, is_dense
 
 BLOCK = 1024  # values that a program holds at once
 MAX_PROGRAMS = 2048  # for each clip; they share its values, and leave a sum each
@@ -16,7 +16,7 @@ MAX_CLIPS = 65535  # what the second dimension of a grid holds
 
 
 def accept(operand: Operand) -> bool:
-    """Whether the kernels can work on `operand`. All functions below that take one need that."""
+    """Whether the kernels can work on `operand`; see also `functional.is_traced`. All functions below need that."""
     x, clip, unit, levels = operand.values, operand.clip, operand.unit, operand.levels
     return (
         levels is not None
@@ -31,8 +31,8 @@ def accept(operand: Operand) -> bool:
 
 def accept_values(x: Tensor) -> bool:
     """Whether the kernels can work on the values x."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and x.numel() > 0 and is_dense(x) and is_plain(x)
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and type(x) in PLAIN
+    return known and x.numel() > 0 and is_dense(x)
 
 
 @triton.jit

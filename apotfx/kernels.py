@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import ApotfxError
 from .files import write_atomic
-from .functional import Levels, Operand, is_dense, is_plain
+from .functional import PLAIN, Levels, Operand, is_dense
 from .levels import LevelSet
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -261,7 +261,7 @@ def describe(operand: Operand) -> Described | None:
 
 
 def accept(operand: Operand) -> bool:
-    """Whether the kernels can work on `operand`, or on a dense copy of its values."""
+    """Whether the kernels can work on `operand`, or on a dense copy of its values; see also `functional.is_traced`."""
     x, clip, unit = operand.values, operand.clip, operand.unit
     return (
         operand.levels is not None
@@ -269,8 +269,8 @@ def accept(operand: Operand) -> bool:
         and (unit is None or unit.dtype == torch.float32)
         and x.device.type == clip.device.type == "cpu"
         and (unit is None or unit.device.type == "cpu")
-        and type(clip) in (Tensor, torch.nn.Parameter)
-        and is_plain(x)
+        and type(x) in PLAIN
+        and type(clip) in PLAIN
         and x.numel() > 0
         and clip.is_contiguous()
     )

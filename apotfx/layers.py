@@ -249,7 +249,8 @@ class QuantLayer(nn.Module):
 
     def _compute_integers(self, input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         prepared = geometry.prepare(input)
-        codes, n_w = self.engine.levels(self._input_operand(prepared)), self.engine.levels(self.weight_operand(weight))
+        engine = EAGER if F.is_traced() else self.engine
+        codes, n_w = engine.levels(self._input_operand(prepared)), engine.levels(self.weight_operand(weight))
         dtype = self._operand_dtype(prepared, n_w.shape)
         return codes, geometry.operator.forward(codes.to(dtype), n_w.to(dtype))
 
@@ -271,7 +272,8 @@ class QuantLayer(nn.Module):
         if quantizer is None:
             return Operand(weight, None, None, None)
         # In evaluation the same bits on every engine.
-        standard_deviation = self.engine.standard_deviation if self.training else F.standard_deviation
+        fast = self.training and not F.is_traced()
+        standard_deviation = self.engine.standard_deviation if fast else F.standard_deviation
         weight, unit = quantizer.normalize(weight, standard_deviation)
         return Operand(weight, quantizer.operand_clip, unit, quantizer.encoding)
 

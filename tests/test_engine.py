@@ -23,6 +23,10 @@ from helpers import (
     torch_operator,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, engine, kernels, operators, quantize
 from apotfx import functional as F
@@ -30,6 +34,7 @@ from apotfx.engine import COMPILED, EAGER, Int8, choose, quantized_op, use_engin
 from apotfx.functional import Operand
 from apotfx.layers import QuantLayer
 from apotfx.operators import Convolution, MatrixProduct, accumulator_bound, exact_dtype
+from apotfx.state import uncalibrated
 
 signed_or_not = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 per_tensor_or_channel = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
@@ -850,8 +855,191 @@ def test_the_default_device_may_be_another(fast):
     kernels._scratch.buffers.clear()
     kernels._describe_levels.cache_clear()
     kernels._byte_tables.cache_clear()
+    F._cached_table.cache_clear()
     with torch.device("meta"):
         assert torch.equal(qmodel(x), expected)
+
+
+# Those who follow torch's operations, to whom our kernels would be constants.
+
+
+class Followed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4)
+        self.up, self.fc = nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.up(torch.relu(self.norm(self.conv(x))))).mean((2, 3)))
+
+
+def followed(name="auto", calibrated=True, **rule):
+    qmodel = quantize(Followed(), BitPolicy((Rule(**rule),)))
+    if calibrated:
+        calibrate(qmodel, [images()])
+    use_engine(qmodel, name)
+    return qmodel.eval()
+
+
+def others(n=5, size=8):
+    """Inputs that nothing was traced with."""
+    return torch.randn(n, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def parameters_of(qmodel):
+    """Those that learn, and all other tensors."""
+    learn = {name: parameter for name, parameter in qmodel.named_parameters() if parameter.requires_grad}
+    rest = {name: tensor for name, tensor in qmodel.named_parameters() if name not in learn}
+    return learn, rest | dict(qmodel.named_buffers())
+
+
+def gradients(qmodel, learn, rest, x):
+    loss = functional_call(qmodel, (learn, rest), (x,)).square().sum()
+    return dict(zip(learn, torch.autograd.grad(loss, list(learn.values())), strict=True))
+
+
+def check_gradients(got, expected):
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("mode, normalization", [("real", "rescale"), ("fake", "none"), ("symbolic", "standardize")])
+def test_make_fx_records_the_network(mode, normalization):
+    qmodel = followed(normalization=normalization, granularity="channel")
+    state = {name: tensor.detach() for part in parameters_of(qmodel) for name, tensor in part.items()}
+    with torch.no_grad():
+        graph = make_fx(lambda state, x: functional_call(qmodel, state, (x,)), tracing_mode=mode)(state, images())
+        for x in (others(), others(3, 12)) if mode == "symbolic" else (others(),):
+            assert torch.equal(graph(state, x), qmodel(x))
+    other = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    with torch.no_grad():
+        assert torch.equal(graph(other, others()), functional_call(qmodel, other, (others(),)))
+
+
+def test_make_fx_records_the_gradients():
+    qmodel = followed().train()
+    learn, rest = parameters_of(qmodel)
+    graph = make_fx(lambda learn, rest, x: gradients(qmodel, learn, rest, x))(learn, rest, images())
+    check_gradients(graph(learn, rest, others()), gradients(qmodel, learn, rest, others()))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of Python numbers
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_jit_trace_records_the_network(grad, tmp_path):
+    qmodel = followed()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(qmodel, images())
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    for module in (traced, torch.jit.load(tmp_path / "traced.pt")):
+        for x in (others(), others(3), others(2, 10)):
+            assert torch.equal(module(x), qmodel(x))
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):  # no gradient rather than a wrong one
+        torch.autograd.grad(traced(images()).sum(), qmodel.conv.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_in_training_is_refused():
+    with pytest.raises(ApotfxError, match=r"torch.jit.trace: loses the gradients of quantized layers; call eval\(\) first"):
+        torch.jit.trace(followed().train(), images())
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own compiler
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_records_the_network(strict):
+    qmodel = followed()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(qmodel, (images(),), strict=strict, dynamic_shapes=({0: batch},)).module()
+    for x in (others(), others(9)):
+        assert torch.equal(exported(x), qmodel(x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["fresh", "calibrated"])
+def test_fake_tensors_have_the_shapes_and_leave_the_network_alone(calibrated, training):
+    qmodel = followed(calibrated=calibrated).train(training)
+    before = copy.deepcopy(qmodel.state_dict())
+    mode = FakeTensorMode()
+    state = {name: mode.from_tensor(tensor) for part in parameters_of(qmodel) for name, tensor in part.items()}
+    with mode:
+        y = functional_call(qmodel, state, (torch.empty(7, 1, 10, 10),))
+    assert type(y) is FakeTensor and y.shape == (7, 3)
+    assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
+    assert type(qmodel(images())) is torch.Tensor
+
+
+def test_a_counter_of_operations_sees_them_and_sets_no_clip():
+    qmodel = followed(calibrated=False).train()
+    with FlopCounterMode(display=False) as counter:
+        qmodel(images()).sum().backward()
+    float_model = Followed()
+    with FlopCounterMode(display=False) as expected:
+        float_model(images()).sum().backward()
+    assert counter.get_total_flops() >= expected.get_total_flops() > 0
+    assert len(uncalibrated(qmodel)) == 3
+    assert all(p.grad is None for name, p in qmodel.named_parameters() if name.endswith("clip"))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("normalization", ["none", "rescale"])
+def test_transforms_of_torch_func(normalization):
+    """Gradients, those of each sample, and several networks at once."""
+    qmodel, x = followed(normalization=normalization, granularity="channel"), others()
+    learn, rest = parameters_of(qmodel)
+
+    def loss(learn, x):
+        return functional_call(qmodel, (learn, rest), (x,)).square().sum()
+
+    check_gradients(torch.func.grad(loss)(learn, x), gradients(qmodel, learn, rest, x))
+    each = torch.func.vmap(torch.func.grad(lambda learn, x: loss(learn, x[None])), in_dims=(None, 0))(learn, x)
+    for i in range(len(x)):
+        check_gradients({k: v[i] for k, v in each.items()}, gradients(qmodel, learn, rest, x[i : i + 1]))
+    stacked = {name: torch.stack([p.detach(), 1.2 * p.detach()]) for name, p in learn.items()}
+    both = torch.func.vmap(lambda learn: functional_call(qmodel, (learn, rest), (x,)))(stacked)
+    for i in range(2):
+        one = functional_call(qmodel, ({k: v[i] for k, v in stacked.items()}, rest), (x,))
+        torch.testing.assert_close(both[i], one, rtol=1e-5, atol=1e-5)
+
+
+FOLLOWERS = {
+    "make_fx": lambda qmodel, x: make_fx(qmodel)(x),
+    "torch.func": lambda qmodel, x: torch.func.grad(lambda x: qmodel(x).sum())(x),
+    "jit": lambda qmodel, x: torch.jit.trace(qmodel, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("follow", FOLLOWERS.values(), ids=FOLLOWERS)
+def test_a_training_step_that_is_recorded_sets_no_clip(follow):
+    qmodel = quantize(nn.Sequential(nn.Linear(4, 3)), BitPolicy((Rule(),)), self_check=False).train()
+    with pytest.raises(ApotfxError, match="traced in training mode before its clips come from data; calibrate the network"):
+        follow(qmodel, torch.randn(5, 4))
+    assert uncalibrated(qmodel) == ["0"]
+
+
+def test_a_subclass_of_tensor_is_left_to_torch():
+    class Logged(torch.Tensor):
+        seen = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    qmodel = quantize(nn.Sequential(nn.Linear(4, 3)), BitPolicy((Rule(),)))
+    calibrate(qmodel, [torch.randn(5, 4)]).eval()
+    x = torch.randn(5, 4)
+    assert torch.equal(qmodel(x.as_subclass(Logged)).as_subclass(torch.Tensor), qmodel(x)) and len(Logged.seen) > 3
+
+
+def test_a_table_made_in_inference_mode_serves_training():
+    F._cached_table.cache_clear()
+    qmodel = small_model()
+    use_engine(qmodel, "eager")
+    with torch.inference_mode():
+        qmodel.eval()(images())
+    qmodel.train()(images()).sum().backward()
 
 
 def test_a_pickled_model_chooses_its_engine_where_it_is_read(monkeypatch):

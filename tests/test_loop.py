@@ -1,10 +1,12 @@
 import math
 import os
+import random
 import re
 import signal
 from dataclasses import asdict, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,7 +59,7 @@ def equal(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
@@ -122,7 +124,7 @@ def whole_and_resumed(tmp_path, stop_at, device):
     stopped._train_step = stopping_step
     with pytest.raises(Stop):
         fit(stopped, tmp_path / "part")
-    torch.manual_seed(99)  # dropout must continue from the checkpoint's random state, not from here
+    torch.manual_seed(99)  # on which dropout does not depend
     resumed = trainer(model=network(), device=device)
     resumed.load_state_dict(read_checkpoint(tmp_path / "part").resume)
     assert resumed.step == stop_at
@@ -233,6 +235,63 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
         assert fit(t, tmp_path / "run").step == t.total_steps
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class Noisy(nn.Module):
+    """Draws from every generator in each forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.drawn = model, []
+
+    def forward(self, x):
+        self.drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        return self.model(x) + self.drawn[-1][0]
+
+
+def bits(t):
+    return {key: t.state_dict()[key] for key in ("model", "ema", "momentum", "running", "best")}
+
+
+def test_a_teacher_that_draws_random_numbers_shifts_nothing(tmp_path):
+    config = replace(CONFIG, teacher_weight=0.0)
+    alone = fit(trainer(config), tmp_path / "alone")
+    taught = fit(trainer(config, teachers=[Noisy(network(32, 5)).train()]), tmp_path / "taught")
+    assert len({*taught.teachers[0].drawn}) == 10  # another one in each step
+    for key, value in bits(alone).items():
+        assert equal(value, bits(taught)[key]), key
+
+
+def test_random_numbers_between_steps_shift_nothing(tmp_path):
+    results = []
+    for disturbed in (False, True):
+        t = trainer(model=Noisy(network()))
+        step = t._train_step
+
+        def disturbed_step(*batch, step=step):
+            torch.rand(7), random.random(), np.random.rand()
+            step(*batch)
+
+        if disturbed:
+            t._train_step = disturbed_step
+        results.append((bits(fit(t, tmp_path / str(disturbed))), t.model.drawn[:10]))
+    assert equal(*results)
+
+
+def drawn_by(rank, step):
+    t = trainer(model=Noisy(network()))
+    t.processes.rank, t.step = rank, step
+    t._train_step(torch.rand(8, 1, 10, 10, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long))
+    return t.model.drawn[0]
+
+
+def test_each_process_draws_its_own_numbers_and_goes_on_with_them():
+    """They depend on the rank and the step, not on what was drawn before: a resumed process draws what it would have."""
+    drawn = {(rank, step): drawn_by(rank, step) for rank in (0, 1) for step in (0, 3)}
+    for numbers in zip(*drawn.values()):
+        assert len({*numbers}) == 4
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    assert drawn_by(1, 3) == drawn[1, 3]
 
 
 @pytest.mark.parametrize("option", [{}, {"amp": True}, {"ema": 0.0}, {"momentum": 0.0, "nesterov": False}], ids=str)

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from helpers import LEVEL_SETS, level_set_id, needs_bytes, needs_kernels
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import relu
 
 from apotfx import ApotfxError, BitPolicy, LevelSet, Rule, calibrate, export_integer, kernels, load_integer, quantize
@@ -323,6 +324,16 @@ def test_inputs_that_only_the_reference_takes(tmp_path):
         assert torch.equal(ours(x), reference(x))
     x = batch(2, 3, 7, 7)
     assert torch.equal(ours(x=x), reference(x))
+
+
+@needs_kernels
+def test_a_tracer_sees_the_reference(tmp_path):
+    """And no constant in the place of what the kernels write."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    _, reference, _ = networks(model, batch(2, 3, 8, 8), tmp_path)
+    graph, x = make_fx(ByteNetwork(reference))(batch(2, 3, 8, 8)), batch(2, 3, 8, 8, seed=3)
+    assert torch.equal(graph(x), reference(x))
 
 
 @needs_bytes

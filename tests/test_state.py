@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import num_hooks
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
@@ -161,6 +162,7 @@ def test_a_copy_of_the_network_has_the_same_state_and_its_own(copied, calibrated
     for a, b in zip(*([m for m in net.modules() if isinstance(m, QuantLayer)] for net in (qmodel, other)), strict=True):
         assert a.engine.name == b.engine.name and a.rectifier == b.rectifier
     assert torch.equal(other.eval()(images()), qmodel.eval()(images()))
+    assert num_hooks(other) == num_hooks(qmodel)  # the one that processes agree by
     before = clips(qmodel)
     calibrate(other, [images(scale=3.0)])
     assert same(clips(qmodel), before) and not same(clips(other), before)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from apotfx import kernels
 from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
+from apotfx.functional import is_plain
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
@@ -321,8 +322,8 @@ class _Fusion:
 class ByteNetwork(nn.Module):
     """An integer network whose layers compute on bytes; see the module's docstring.
 
-    A large batch goes through in parts that fit the caches. Inputs that are not float32 on the CPU, or of
-    a shape that the network was not made for, go through the reference.
+    A large batch goes through in parts that fit the caches. Inputs that are not float32 on the CPU, of a shape that the
+    network was not made for, or followed by a tracer, go through the reference.
 
     Attributes:
         reference: the network that it was made of.
@@ -342,7 +343,9 @@ class ByteNetwork(nn.Module):
         self.images_at_once: dict[torch.Size, int] = {}
 
     def forward(self, *tensors: Tensor, **more: Tensor) -> object:
-        fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in tensors)
+        fits = all(
+            is_plain(x) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in tensors
+        )
         if more or not fits or torch.is_autocast_enabled("cpu"):
             return self.reference(*tensors, **more)
         try:
