@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from apotfx.errors import ApotfxError
+from apotfx.functional import is_traced
 from apotfx.generated_code import require_writable_names
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
@@ -71,7 +72,7 @@ class Network(fx.GraphModule):
                     module.rectifies = absorbing
         if not absorbing and self._visible is None:
             vars(self)["_visible"] = _generate(self._with_activations())
-        if self.meta.get("unchecked") and self.training and torch.is_grad_enabled():
+        if self.meta.get("unchecked") and self.training and torch.is_grad_enabled() and not is_traced():
             from apotfx.graph.selfcheck import require_same  # which needs networks
 
             require_same(self, args, kwargs)

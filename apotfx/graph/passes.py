@@ -209,8 +209,9 @@ def quantize(
 
     Everything else that forward calls keeps its values, mode, device, dtype and state-dict name; a quantized layer keeps
     its parameters and gains `<layer>.weight_quantizer.clip` and `<layer>.input_quantizer.clip`. The clips come from
-    `calibrate`, or else from the first training batch; until then they are the paper's constants. All of them learn but
-    those of layers whose weight does not and those of the first layers' inputs; `requires_grad_` changes that.
+    `calibrate`, or else from the first training batch; until then they are placeholders, which no export takes. All of
+    them learn but those of layers whose weight does not and those of the first layers' inputs; `requires_grad_` changes
+    that.
 
     A module that tracing cannot enter is kept whole, and the layers inside it are quantized all the same; `plan` says
     why, and what is not known of them for that. Functional calls of layers become modules. torch's multi-head attention
@@ -295,7 +296,7 @@ def _quantized_layers(prepared: Prepared, resolved: Plan) -> dict[str, QuantLaye
                 _require_same_weight(first, planned)
                 weight_quantizer = layers[first.facts.name].weight_quantizer
         if planned.input is not None:
-            input_quantizer = InputQuantizer(planned.input).to(weight.device)
+            input_quantizer = InputQuantizer(planned.input, weight.dtype).to(weight.device)
             # To learn a first one would take a backward pass to the network's own input, which costs as much as several
             # layers.
             input_quantizer.clip.requires_grad_(trains and not planned.facts.is_first)
