@@ -22,6 +22,7 @@ from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.format import _describe_tensor
 from apotfx.integer.manifest import checksum
 from apotfx.integer.verify import Alteration, LayerAccumulators, Tally, compare, verify
+from apotfx.reproducible import folded_batch_norm
 from apotfx.layers import QuantLayer
 from apotfx.training.build import build_network
 from apotfx.training.checkpoint import save_checkpoint
@@ -300,7 +301,7 @@ ALTERATIONS = {
     "input-clip": (alter_entry(("input", "clip")), "layers.conv3.input.clip.0", (), 1),
     "level": (alter_entry(("weight", "levels"), 1), "layers.conv3.weight.levels.0", (), 1),
     "bias": (alter_tensor("fc.bias", 2), "fc.bias", (2,), 1),
-    "batch-norm": (alter_tensor("bn1.running_mean", 4), "bn1.running_mean", (4,), 1),
+    "batch-norm": (alter_tensor("bn1.offset", 4), "bn1.offset", (4,), 1),
     "swapped": (swap_layers, "conv3.bias", (0,), 6),
 }
 
@@ -327,7 +328,8 @@ def test_an_alteration_is_caught_and_located(alter, name, index, count, signed, 
         }  # fmt: skip
         assert alteration.expected == expected[layer.removeprefix("layers.conv3.")].item()
     else:
-        expected = qmodel.get_submodule(layer).state_dict()[key][index].item()
+        folded = key == "offset" and folded_batch_norm(qmodel.get_submodule(layer))[1]
+        expected = (folded if key == "offset" else qmodel.get_submodule(layer).state_dict()[key])[index].item()
         assert alteration.expected == expected != alteration.stored
     if not signed:
         assert any("checksum" in problem for problem in found.problems)
@@ -372,7 +374,7 @@ def test_a_manifest_that_is_none_is_refused_or_located(content, tmp_path):
     (path / "manifest.json").write_bytes(content)
     if b"layers" in content:
         found = verify(path, model, [data()], qmodel)
-        assert not found.equal and [a.name for a in found.alterations] == ["layers", "graph"]
+        assert not found.equal and [a.name for a in found.alterations] == ["layers", "program"]
     else:
         with pytest.raises(ApotfxError, match="manifest.json: (not|nested too deeply)"):
             verify(path, model, [data()], qmodel)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from torch import fx
+from torch import nn
 
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_atomic
@@ -13,6 +13,7 @@ try:
 except ImportError as error:
     raise ApotfxError("ONNX: the package onnx is missing; pip install onnx") from error
 
+from apotfx.integer.network import as_program
 from apotfx.integer.onnx.compare import compare_onnx
 from apotfx.integer.onnx.exact import Exact
 from apotfx.integer.onnx.qdq import Qdq
@@ -23,12 +24,12 @@ FLAVOURS = {"exact": Exact, "qdq": Qdq}
 
 
 def export_onnx(
-    network: fx.GraphModule, path: str | os.PathLike, *, input_shape: tuple[int, ...], flavour: str = "exact"
+    network: nn.Module, path: str | os.PathLike, *, input_shape: tuple[int, ...], flavour: str = "exact"
 ) -> Path:
     """Write the network to the new file `path`, with any number of images as its batch.
 
     Args:
-        network: from `load_integer` with the backend "reference".
+        network: from `load_integer` with the backend "reference", with or without the float model.
         input_shape: of one image, (C, H, W).
         flavour: "exact" or "qdq".
 
@@ -39,7 +40,7 @@ def export_onnx(
         raise ApotfxError(f"flavour {flavour!r}: unknown; choose one of {', '.join(FLAVOURS)}")
     path = Path(path)
     require_new(path)
-    model = FLAVOURS[flavour](network, input_shape).model()
+    model = FLAVOURS[flavour](as_program(network), input_shape).model()
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, model.SerializeToString())
