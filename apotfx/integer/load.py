@@ -133,8 +133,10 @@ def assemble(
     require_same_program(manifest["program"], program.to_json(), path)
     load_reached_state(imodel, {k: v for k, v in stored.items() if k not in norms})
     for name in dict.fromkeys(step.norm for step in program.steps if isinstance(step, Affine)):
-        multiplier, offset = (stored[f"{name}.{key}"].to(norms[f"{name}.{key}"].device) for key in ("multiplier", "offset"))
-        imodel.set_submodule(name, AffineModule(multiplier, offset))
+        frozen, norm = AffineModule(stored[f"{name}.multiplier"], stored[f"{name}.offset"]), imodel.get_submodule(name)
+        for key in state.keys() & {f"{name}.{key}" for key in norm.state_dict()}:  # what forward reads besides
+            frozen.register_buffer(key.rpartition(".")[2], state[key])
+        imodel.set_submodule(name, frozen.to(norm.running_var.device))
     return imodel.eval().requires_grad_(False)
 
 
