@@ -469,11 +469,10 @@ def test_a_constant_that_is_not_finite_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("metadata, message", [
-    ({}, "C: the metadata have the mean None, expected 2 numbers; pass the export of a run"),
     ({"mean": [0.5, 0.5], "std": [1.0]}, "C: the metadata have the std [1.0], expected 2 numbers"),
     ({"mean": ["a", 1], "std": [1, 1]}, "C: the metadata have the mean ['a', 1], expected 2 numbers"),
     ({"mean": [0, 0], "std": [1, float("nan")]}, "C: the metadata has the constant nan"),
-], ids=["absent", "length", "text", "nan"])  # fmt: skip
+], ids=["length", "text", "nan"])  # fmt: skip
 def test_metadata_that_do_not_say_how_to_normalize_are_refused(metadata, message, tmp_path):
     check_refused(small_network(Perceptron, tmp_path)[0], message, tmp_path, metadata=metadata)
 

@@ -547,10 +547,20 @@ def test_other_data_give_2(finished, tmp_path, capsys):
     assert "digits: its images have 1 channels, the network takes 3; name the data" in capsys.readouterr().err
 
 
-def test_an_export_without_metadata_gives_2(tmp_path, capsys):
+def test_an_export_that_does_not_say_what_it_takes_needs_a_shape(tmp_path, capsys, monkeypatch):
     qmodel, _ = trained(policy())
-    assert call(export_integer(qmodel, tmp_path / "e")) == 2
-    assert "its metadata lack arch; pass the export of a run of tools/train.py" in capsys.readouterr().err
+    path = export_integer(qmodel, tmp_path / "e")
+    assert call(path) == 2
+    assert "does not say the shape of an input; pass --input-shape, such as 3,224,224" in capsys.readouterr().err
+    others = {"reference": load_integer(path), "again": load_integer(path)}
+    shape = data().shape[1:]
+    comparisons, _ = compare(others.pop("reference"), others, [data()])
+    assert comparisons["again"].first is None and comparisons["again"].nodes["fc"].codes.compared
+    assert call(path, "--input-shape", ",".join(map(str, shape)), "--backend", "reference") == 2
+    assert "nothing to compare its reference with" in capsys.readouterr().err
+    if engine.what_bytes_lack() is None:
+        assert call(path, "--input-shape", ",".join(map(str, shape))) == 0
+        assert "equal" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_gives_2(run, capsys):

@@ -7,7 +7,7 @@ sets, its layers, the order of calls and the buffers between them (network.c), a
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes
 from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.network import IntegerNetwork, as_program, shapes_of
+from apotfx.integer.load import opened
+from apotfx.integer.network import IntegerNetwork, shapes_of
 from apotfx.integer.program import Encode, Input, Product, Step, refuse
 from apotfx.levels import LevelSet
 from apotfx.operators import Convolution, TransposedConvolution, accumulator_bits
@@ -28,27 +29,32 @@ NARROW, WIDE = 32, 64  # bits of accumulators
 
 
 def export_c(
-    network: nn.Module, path: str | os.PathLike, *, input_shape: tuple[int, int, int], metadata: dict
+    source: nn.Module | str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    input_shape: Sequence[int] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a program that computes the network to the new directory `path`; its network.c says how to compile it.
+    """Write a program that computes an integer network to the new directory `path`; its network.c says how to compile it.
 
     Accumulators, codes and outputs are those of the network in every bit.
 
     Args:
-        network: from `load_integer`, backend "reference", with or without the float model.
-        input_shape: (C, H, W) of an image.
-        metadata: of the export: `mean` and `std` per channel of images / 255, for main.c, and perhaps `arch`.
+        source: an export that stands alone, or what `load_integer` returned with backend "reference".
+        input_shape: (C, H, W) of an image; by default what the export says.
+        metadata: for main.c, which reads images of bytes: `mean` and `std` per channel of images / 255 (0 and 1 where they
+            are absent), and perhaps `arch`; by default what the export says.
 
     Raises:
-        ApotfxError: `path` exists; the network has a layer in float, or an operation that is none of convolution, linear,
-            batch norm, ReLU, ReLU6, addition, maximum and average pool, flatten and identity, or not of 2-D images;
-            the metadata lack the mean or the standard deviation.
+        ApotfxError: `path` exists; the network has a layer in float, or a step that is none of convolution, linear, batch
+            norm, ReLU, ReLU6, addition, maximum and average pool and flatten, or not of 2-D images; no input shape.
     """
     path = Path(path)
     require_new(path)
+    network, input_shape, stated = opened(source, input_shape)
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
         raise ApotfxError(f"C: input_shape {input_shape!r}: expected (channels, height, width)")
-    write_directory(path, _Source(as_program(network), input_shape).files(metadata))
+    write_directory(path, _Source(network, input_shape).files(stated if metadata is None else metadata))
     return path
 
 
@@ -229,7 +235,7 @@ class _Source:
 
     # Files.
 
-    def files(self, metadata: dict) -> dict[str, bytes]:
+    def files(self, metadata: Mapping[str, object]) -> dict[str, bytes]:
         files = {
             "network.h": self._header(metadata),
             "network.c": self._source(metadata),
@@ -243,11 +249,11 @@ class _Source:
             files[f"convolve{width}.h"] = convolution.replace(str(NARROW), str(width))
         return {name: text.encode() for name, text in files.items()}
 
-    def _header(self, metadata: dict) -> str:
+    def _header(self, metadata: Mapping[str, object]) -> str:
         channels, height, width = self.input_shape
         statistics = {}
         for key in ("mean", "std"):
-            values = metadata.get(key)
+            values = metadata.get(key, [float(key == "std")] * channels)
             plain = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
             if not plain or len(values) != channels or (key == "std" and min(values) <= 0):
                 above = " above 0" if key == "std" else ""
@@ -278,7 +284,7 @@ extern void (*apotfx_trace)(const char *layer, size_t index, int64_t accumulator
 #endif
 """
 
-    def _source(self, metadata: dict) -> str:
+    def _source(self, metadata: Mapping[str, object]) -> str:
         calls, buffers = _allocate(self.calls, self.result)
         arch = re.sub(r"[^\w/.-]", "_", str(metadata.get("arch", "A network")), flags=re.ASCII)
         sizes = {name: max(sizes) for name, sizes in self.sizes.items()}

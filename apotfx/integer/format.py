@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -51,12 +51,20 @@ DTYPES = {
 }  # fmt: skip
 
 
-def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
+def export_integer(
+    qmodel: nn.Module,
+    path: str | os.PathLike,
+    metadata: dict | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+) -> Path:
     """Write the quantized network to the new directory `path`: written beside it first, then renamed.
 
     Args:
         qmodel: what `quantize` returned, float32, on any device.
-        metadata: JSON that goes into the manifest, such as the name of the architecture; the schema reserves some keys.
+        metadata: JSON that goes into the manifest, such as the name of the architecture; the schema reserves some keys, of
+            which `mean` and `std`, per channel of images / 255, serve the C program.
+        input_shape: of one input, such as (C, H, W), for whoever translates the export; goes into the metadata.
 
     Raises:
         ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
@@ -93,7 +101,7 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": _as_json(metadata or {}),
+        "metadata": _as_json((metadata or {}) | ({} if input_shape is None else {"input_shape": list(input_shape)})),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "layers": [_describe(name, m) for name, m in layers.items()],
         "program": json.loads(json.dumps(program.to_json())),

@@ -22,7 +22,7 @@ from apotfx.integer.format import (
 from apotfx.integer.layers import Affine as AffineModule
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.manifest import FLOAT_WEIGHT, level_set_of
-from apotfx.integer.network import IntegerNetwork
+from apotfx.integer.network import IntegerNetwork, as_program
 from apotfx.integer.onednn import ByteNetwork, what_onednn_lacks
 from apotfx.integer.program import Affine, Program
 from apotfx.layers import float_type_of, kind_of
@@ -87,6 +87,29 @@ def stand_alone(manifest: dict, tensors: dict[str, Tensor], path: str | os.PathL
     if (reason := network.what_lacks()) is not None:
         raise ApotfxError(f"export {path}: {reason}; pass it: load_integer(path, float_model)")
     return network
+
+
+def opened(
+    source: nn.Module | str | os.PathLike, input_shape: Sequence[int] | None
+) -> tuple[IntegerNetwork, tuple[int, ...], dict]:
+    """What a target translates: (the network, the shape of one input, the metadata of its export).
+
+    Args:
+        source: an export that stands alone, or what `load_integer` returned with backend "reference".
+        input_shape: None for what the export says.
+
+    Raises:
+        ApotfxError: as `load_integer`; or nothing says the shape.
+    """
+    if isinstance(source, nn.Module):
+        network, metadata = as_program(source), {}
+    else:
+        manifest, tensors = read_integer(source)
+        network, metadata = stand_alone(manifest, tensors, source), manifest["metadata"]
+    shape = metadata.get("input_shape") if input_shape is None else input_shape
+    if shape is None:
+        raise ApotfxError(f"input_shape: {source} does not say it; pass that of one input, such as (3, 224, 224)")
+    return network, tuple(shape) if isinstance(shape, list) else shape, metadata
 
 
 @forgets_sources
