@@ -15,7 +15,7 @@ import torch
 from helpers import MIXED, Conv1dNet, Conv3dNet, Net, data, needs_bytes, policy, trained
 from torch import nn
 
-from apotfx import ApotfxError, BitPolicy, LevelSet, calibrate, export_integer, load_integer, quantize
+from apotfx import ApotfxError, BitPolicy, LevelSet, calibrate, engine, export_integer, load_integer, quantize
 from apotfx.integer import onednn
 from apotfx.integer import verify as module
 from apotfx.integer.codes import pack_codes, unpack_codes
