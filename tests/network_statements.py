@@ -684,7 +684,7 @@ SMOOTH = {  # pure functions that keep the shape, for what is said of signs and 
     "threshold-negative": "F.threshold($x, -0.1, -0.1)", "hardtanh": "F.hardtanh($x, 0.1, 2)",
     "maximum": "torch.maximum($x, $y)", "maximum-0": "torch.maximum($x, torch.zeros(()))",
     "minimum": "torch.minimum(torch.relu($x), $y)", "where": "torch.where($x > 0, $x, 0.1 * $y)",
-    "where-relu": "torch.where($y > 0, torch.relu($x), 0 * $x)",
+    "where-relu": "torch.where($x > -0.1, torch.relu($x), 0 * $y)",
     "cat": "torch.cat([torch.relu($x)[:, :4], $y[:, 4:]], 1)", "flip": "$x.flip(1)", "roll": "$x.roll(1, -1)",
     "index": "$x[:, [1, 0] * ($x.shape[1] // 2)]",
     "index_select": "$x.index_select(1, torch.arange($x.shape[1]).flip(0))",
