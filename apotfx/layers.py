@@ -5,7 +5,7 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
+from .modules import StandIn, become, is_looked_at_as_float
 from .operators import (
     BFLOAT16_EXACT,
     Convolution,
@@ -136,7 +137,7 @@ def kind_of_function(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(StandIn):
     """What the quantized layers share. Mixed into a torch layer type, whose parameters and names it keeps.
 
     Attributes:
@@ -149,7 +150,8 @@ class QuantLayer(nn.Module):
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
         rectifies: whether it does that work; not while the network computes the activation function itself.
-        weight_is_read: whether code of a module kept whole reads the float weight besides calling the layer.
+        weight_is_read: whether the code of a module kept whole has read the float weight besides calling the layer.
+        is_walked: whether such code has looked through all parameters, buffers or modules of the layer.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -160,6 +162,7 @@ class QuantLayer(nn.Module):
     rectifier: tuple[float, float] | None = None
     rectifies = True
     weight_is_read = False
+    is_walked = False
     engine: Eager = EAGER
 
     @classmethod
@@ -182,34 +185,44 @@ class QuantLayer(nn.Module):
         quant.weight_quantizer = weight_quantizer
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
-        quant.geometry = Geometry.of(layer)
+        quant.geometry, quant.float_class = Geometry.of(layer), type(layer)
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
                 quantizer.train(layer.training)
         return quant
 
     def __getattr__(self, name: str):
-        if name == "weight" and (readers := vars(self).get("_readers")) is not None:
-            readers.add(self)
+        if name == "weight" and is_looked_at_as_float():
+            self.weight_is_read = True
         return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
+
+    def float_view(self, kind: str) -> dict:
+        self.is_walked = True
+        self.weight_is_read |= kind == "_parameters"
+        return {key: value for key, value in vars(self)[kind].items() if key not in _QUANTIZERS}
+
+    @property
+    def additions(self) -> list[str]:
+        """The names of what the layer holds besides weight, bias and quantizers, such as a parametrization."""
+        held = (key for kind in ("_parameters", "_buffers", "_modules") for key in vars(self)[kind])
+        return [key for key in held if key not in ("weight", "bias", *_QUANTIZERS)]
 
     def _parameter(self, name: str) -> Tensor | None:
         """The weight or the bias, as the layer itself reads it."""
         if isinstance(self, FunctionalLayer):
             return getattr(self, name)
-        parametrizations = self._modules.get("parametrizations", ())
-        return parametrizations[name]() if name in parametrizations else self._parameters[name]
+        parametrizations = vars(self)["_modules"].get("parametrizations", ())
+        return parametrizations[name]() if name in parametrizations else vars(self)["_parameters"][name]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._compute(input, self._parameter("weight"), self._parameter("bias"), self.geometry)
 
     def to_float(self) -> nn.Module:
         """A float layer around the parameters, parametrizations, hooks and mode of this one."""
-        layer = self.float_type.__new__(self.float_type)
-        added = ("weight_quantizer", "input_quantizer")
+        layer = self.float_class.__new__(self.float_class)
         state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
-        state["_modules"] = {key: module for key, module in self._modules.items() if key not in added}
-        layer.__dict__ = {key: value for key, value in state.items() if key not in (*added, *_ADDED)}
+        state["_modules"] = {key: module for key, module in state["_modules"].items() if key not in _QUANTIZERS}
+        layer.__dict__ = {key: value for key, value in state.items() if key not in (*_QUANTIZERS, *_ADDED)}
         return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -398,21 +411,24 @@ def kind_of(layer: nn.Module) -> str:
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
 
 
-_ADDED = ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
+_ADDED = (
+    "name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine",
+    "float_class", "is_walked",
+)  # fmt: skip
+_QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
 
 @contextmanager
-def outside_readers(layers: Iterable[QuantLayer]) -> Iterator[set[QuantLayer]]:
-    """While active, gathers those of `layers` whose weight other code than their own reads."""
-    readers: set[QuantLayer] = set()
-    layers = list(layers)
-    for layer in layers:
-        vars(layer)["_readers"] = readers
+def being_float(model: nn.Module) -> Iterator[None]:
+    """While active, the quantized layers of `model` are of the types that they had in the float model."""
+    states = [(layer, type(layer), vars(layer)) for layer in model.modules() if isinstance(layer, QuantLayer)]
     try:
-        yield readers
+        for layer, _, _ in states:
+            become(layer, layer.to_float())
+        yield
     finally:
-        for layer in layers:
-            del vars(layer)["_readers"]
+        for layer, cls, state in states:
+            layer.__dict__, layer.__class__ = state, cls
 
 
 @contextmanager

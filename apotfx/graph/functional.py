@@ -38,9 +38,7 @@ def functionalize(
         return [u for u in value.users if position[u] > position[write] and not asks_for_metadata(u)]
 
     for node in list(graph.nodes):
-        memory[node] = {node}
-        if not returns_fresh(node, modules) and node.meta.get("type") not in NO_TENSORS:
-            memory[node] = memory[node].union(*(memory[x] for x in node.all_input_nodes))
+        memory[node] = _memory(node, memory, modules)
         written = writes(node, modules)
         if not written:
             continue
@@ -54,6 +52,8 @@ def functionalize(
             return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
         if any(_name(n) in COMPLEX_VIEWS for value in (*sharing, target) for n in memory[value]):
             return {owner(node): f"its forward writes to a part of a complex tensor ({node.name})"}
+        if any(_name(n) == "data" for n in memory[target]):  # what is saved for the backward pass changes too
+            return {owner(node): f"its forward writes through the data of a tensor ({node.name}), unseen by autograd"}
         inputs = [n.name for n in sources if n.op == "placeholder"]
         if sharing and inputs:
             return {owner(node): f"its forward writes to the input {min(inputs)}, which it also reads"}
@@ -84,6 +84,27 @@ def functionalize(
     return {}
 
 
+def written_after(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, list[fx.Node]]:
+    """Per node, those behind it that write to memory which its value may lie in."""
+    memory: dict[fx.Node, set[fx.Node]] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        memory[node], found[node] = _memory(node, memory, modules), []
+        for target in writes(node, modules):
+            for value in memory:
+                found[value] += [node] * (value is not node and not memory[value].isdisjoint(memory[target]))
+    return found
+
+
+def _memory(
+    node: fx.Node, memory: Mapping[fx.Node, set[fx.Node]], modules: Mapping[str, nn.Module]
+) -> set[fx.Node]:
+    """The nodes that what a node's value may share memory with goes back to, itself among them."""
+    if returns_fresh(node, modules) or node.meta.get("type") in NO_TENSORS:
+        return {node}
+    return {node}.union(*(memory[x] for x in node.all_input_nodes))
+
+
 def store(written: Tensor, value: Tensor) -> Tensor:
     """The memory that `written` lies in, after `value` was written there: a vector of all its elements."""
     length = written.untyped_storage().nbytes() // written.element_size()
@@ -112,7 +133,7 @@ def _root(x: Tensor) -> Tensor:
 
 
 class _Unnoticed(torch.autograd.Function):
-    """x after a write that autograd does not know of, through `detach` or `data`: differentiated as if there was none."""
+    """x after a write that autograd does not know of, through `detach`: differentiated as if there was none."""
 
     @staticmethod
     def forward(ctx, x: Tensor, seen: list[Tensor]) -> Tensor:

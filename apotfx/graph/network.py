@@ -41,6 +41,7 @@ class Network(fx.GraphModule):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
         vars(self).update({key: vars(original)[key] for key in shared}, original=original)
         vars(self).update({key: vars(original)[key].copy() for key in HOOKS})
+        vars(self).update({key: value for key, value in vars(original).items() if isinstance(value, Tensor)})
         vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None, _after=None)
         self.graph = graph
 

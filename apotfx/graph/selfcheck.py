@@ -8,7 +8,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import Network
 from apotfx.graph.tracing import HOOKS, contents, put_back
-from apotfx.layers import computing_in_float
+from apotfx.layers import QuantLayer, being_float, computing_in_float
+from apotfx.modules import looked_at_as_float
 
 NOISE = 1e-3  # of a result's root mean square: float rounding stays below, another network does not
 
@@ -44,25 +45,28 @@ def difference(
     """
     if any(isinstance(x, Tensor) and (x.is_meta or type(x).__name__ == "FakeTensor") for x in _parts((args, kwargs))):
         return None
-    with torch.no_grad(), _restored(network, model), computing_in_float(network):
+    with torch.no_grad(), _restored(network, model):
         for training in (False, True):
             network.train(training)
             reference = network.original if model is None or training else model.eval()
             try:
-                expected = _run(reference.forward, *_with_fixed(reference, args, kwargs, fixed))
+                with state_kept(network.modules()), being_float(network):
+                    expected = _run(reference.forward, *_with_fixed(reference, args, kwargs, fixed))
             except Exception as error:  # the model's own code may raise anything
                 if training:
                     continue  # such as for a single image, which a batch norm has no statistics of
                 raise ApotfxError(f"model: refuses the inputs ({_line(error)}); pass inputs that it takes") from error
             mode = "training" if training else "evaluation"
             try:
-                wrong = _compare(expected, _run(network, args, kwargs))
+                with state_kept(network.modules()), computing_in_float(network), looked_at_as_float():
+                    wrong = _compare(expected, _run(network, args, kwargs))
             except ApotfxError:
                 raise
             except Exception as error:
                 wrong = f"raises {_line(error)}"
             if wrong is not None:
-                return _where(network, reference, args, kwargs, fixed), f"{wrong} in {mode}"
+                with computing_in_float(network):
+                    return _where(network, reference, args, kwargs, fixed), f"{wrong} in {mode}"
     return None
 
 
@@ -167,19 +171,34 @@ def _restored(*models: nn.Module | None) -> Iterator[None]:
     """Without the hooks of `models`; puts back all that their modules hold."""
     modules = [m for model in models if model is not None for m in model.modules()]
     modules += [model.original for model in models if isinstance(model, Network)]
+    with state_kept(modules):
+        for module in modules:
+            state = vars(module)
+            state.update({key: type(state[key])() for key in HOOKS if key in state})
+            if isinstance(module, QuantLayer):
+                state.pop("forward", None)  # which watches it
+        yield
+
+
+@contextmanager
+def state_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards `modules` hold what they held: the same attributes, buffers and items, and buffers with the same values."""
+    modules = list(modules)
     states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
-    values = [(buffer, buffer.clone()) for m in modules for buffer in m._buffers.values() if buffer is not None]
+    buffers = [buffer for m in modules for buffer in m._buffers.values() if buffer is not None]
+    dense = [buffer.untyped_storage() for buffer in buffers if buffer.layout == torch.strided]
+    # By memory, as the elements of an expanded tensor cannot be written.
+    values = [(held, held.clone()) for held in ({x._cdata: x for x in dense}).values()]
+    values += [(buffer, buffer.clone()) for buffer in buffers if buffer.layout != torch.strided]
     try:
-        for state, saved, _ in states:
-            state.update({key: type(saved[key])() for key in HOOKS if key in saved})
         yield
     finally:
         for state, saved, held in states:
             state.clear()
             state.update(saved)
             put_back(held)
-        for buffer, value in values:
-            buffer.copy_(value)
+        for held, value in values:
+            held.copy_(value)
 
 
 @contextmanager

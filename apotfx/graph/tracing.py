@@ -512,7 +512,8 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", function, (self, *operands), {})
 
     def __repr__(self) -> str:  # of sizes it is there for messages
-        if self.node.meta["type"] in (torch.dtype, torch.device):
+        asked = self.node.args[1] if self.node.target is getattr else None
+        if self.node.meta["type"] not in (int, float, torch.Size, Tensor) and asked != "shape":
             raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
         return super().__repr__()
 

@@ -1,9 +1,11 @@
 """What a traced network computes, as plain data, so that an export is loaded into no other network."""
 
+import functools
 import json
 import math
 import os
 from collections.abc import Iterator
+from dis import get_instructions
 
 from torch import fx, nn
 
@@ -41,13 +43,27 @@ def _describe_module(module: nn.Module) -> tuple[str, dict]:
     if isinstance(module, (QuantLayer, IntegerLayer)):
         return layer_type(module), {}
     plain = (bool, int, float, str, tuple, type(None))
-    settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
+    changing = _assigned_by_forward(type(module)) | {"training"}
+    settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in changing and type(v) in plain}
     # JSON has no infinity.
     settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
     if float_type_of(module) is not None:
         return layer_type(module), settings
     inside = dict(_inner_types(module, ""))
     return _type_name(module), settings | ({"modules": inside} if inside else {})
+
+
+@functools.cache
+def _assigned_by_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """The attributes that its forward, or a method that this calls, assigns: they say how often it ran, not what it is."""
+    methods = {name: getattr(cls, name) for name in dir(cls) if not hasattr(nn.Module, name) or name == "forward"}
+    reached, assigned = ["forward"], set()
+    for name in reached:
+        code = getattr(methods[name], "__code__", None)
+        if code is not None:
+            assigned.update(i.argval for i in get_instructions(code) if i.opname == "STORE_ATTR")
+            reached += [other for other in code.co_names if other in methods and other not in reached]
+    return frozenset(assigned)
 
 
 def _inner_types(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
