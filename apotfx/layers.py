@@ -17,7 +17,7 @@ from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
-from .modules import StandIn, become, is_looked_at_as_float
+from .modules import StandIn, become, is_in_kept_module
 from .operators import (
     BFLOAT16_EXACT,
     Convolution,
@@ -192,13 +192,13 @@ class QuantLayer(StandIn):
         return quant
 
     def __getattr__(self, name: str):
-        if name == "weight" and is_looked_at_as_float():
+        if name == "weight" and is_in_kept_module():
             self.weight_is_read = True
         return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
 
     def float_view(self, kind: str) -> dict:
-        self.is_walked = True
-        self.weight_is_read |= kind == "_parameters"
+        if is_in_kept_module():
+            self.is_walked, self.weight_is_read = True, self.weight_is_read or kind == "_parameters"
         return {key: value for key, value in vars(self)[kind].items() if key not in _QUANTIZERS}
 
     @property

@@ -28,25 +28,31 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 module._modules[key] = replacements[child]
 
 
-_watched = threading.local()
+class _Watched(threading.local):
+    depth = 0  # how often code of the user's that runs in this thread was entered
+    kept = 0  # how many modules kept whole are among it
+
+
+_watched = _Watched()
 
 
 def is_looked_at_as_float() -> bool:
-    return not torch.compiler.is_compiling() and getattr(_watched, "depth", 0) > 0
+    return not torch.compiler.is_compiling() and _watched.depth > 0
+
+
+def is_in_kept_module() -> bool:
+    """Whether what looks at stand-ins is the code of a module kept whole, which does so after a reload too."""
+    return not torch.compiler.is_compiling() and _watched.kept > 0
 
 
 @contextmanager
 def looked_at_as_float() -> Iterator[None]:
     """While active, in this thread, stand-ins look like the layers that they stand for."""
-    _look(1)
+    _watched.depth += 1
     try:
         yield
     finally:
-        _look(-1)
-
-
-def _look(step: int) -> None:
-    _watched.depth = getattr(_watched, "depth", 0) + step
+        _watched.depth -= 1
 
 
 def _as_seen(kind: str) -> property:
@@ -92,12 +98,12 @@ def look_at_as_float(module: nn.Module) -> None:
 
 def _enter(module: nn.Module, args: tuple) -> None:
     if not torch.compiler.is_compiling():
-        _look(1)
+        _watched.depth, _watched.kept = _watched.depth + 1, _watched.kept + 1
 
 
 def _leave(module: nn.Module, args: tuple, output: object) -> None:
     if not torch.compiler.is_compiling():
-        _look(-1)
+        _watched.depth, _watched.kept = _watched.depth - 1, _watched.kept - 1
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

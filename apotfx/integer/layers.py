@@ -10,7 +10,7 @@ from apotfx import reproducible
 from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.modules import StandIn, is_looked_at_as_float
+from apotfx.modules import StandIn, is_in_kept_module
 from apotfx.operators import Operator, accumulators, output_shaped
 
 
@@ -74,7 +74,7 @@ class IntegerLayer(StandIn):
 
     @property
     def weight(self) -> Tensor:
-        if is_looked_at_as_float() and not self.has_float_weight:
+        if is_in_kept_module() and not self.has_float_weight:
             raise ApotfxError(
                 f"layer {self.name}: code around it reads its float weight, which the export has not, as it did not while "
                 "the network was calibrated; calibrate with a batch that makes it, and export again"
