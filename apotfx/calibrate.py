@@ -311,7 +311,8 @@ def _observe_float(
         observed_inputs(layers, keep) as kept,
     ):
         num_batches = _run(qmodel, batches)
-    called = {node.target for node in graph_of(qmodel).nodes if node.op == "call_module"}
+    graph = () if getattr(qmodel, "is_as_written", False) else graph_of(qmodel).nodes
+    called = {node.target for node in graph if node.op == "call_module"}
     read = {name for name, layer in layers.items() if layer.weight_is_read and name not in called}
     unused = read - kept.keys()
     needing = [name for name, layer in layers.items() if layer.input_quantizer is not None and name not in unused]

@@ -17,7 +17,7 @@ from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
-from .modules import StandIn, become, is_in_kept_module
+from .modules import StandIn, become, float_attributes, is_in_kept_module
 from .operators import (
     BFLOAT16_EXACT,
     Convolution,
@@ -152,6 +152,7 @@ class QuantLayer(StandIn):
         rectifies: whether it does that work; not while the network computes the activation function itself.
         weight_is_read: whether the code of a module kept whole has read the float weight besides calling the layer.
         is_walked: whether such code has looked through all parameters, buffers or modules of the layer.
+        is_replaced: whether such code has called it with another weight or bias, as `torch.func.functional_call` does.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -162,8 +163,12 @@ class QuantLayer(StandIn):
     rectifier: tuple[float, float] | None = None
     rectifies = True
     weight_is_read = False
-    is_walked = False
+    is_walked = is_replaced = False
     engine: Eager = EAGER
+    own_names = frozenset(
+        ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "is_walked",
+         "is_replaced", "engine", "kind", "float_type", "float_class", "float_state", "own_names")
+    )  # fmt: skip
 
     @classmethod
     def from_float(
@@ -185,21 +190,25 @@ class QuantLayer(StandIn):
         quant.weight_quantizer = weight_quantizer
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
-        quant.geometry, quant.float_class = Geometry.of(layer), type(layer)
+        quant.geometry, quant.float_class, quant.float_state = Geometry.of(layer), type(layer), float_attributes(layer)
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
                 quantizer.train(layer.training)
         return quant
 
     def __getattr__(self, name: str):
-        if name == "weight" and is_in_kept_module():
-            self.weight_is_read = True
         return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
 
     def float_view(self, kind: str) -> dict:
         if is_in_kept_module():
-            self.is_walked, self.weight_is_read = True, self.weight_is_read or kind == "_parameters"
-        return {key: value for key, value in vars(self)[kind].items() if key not in _QUANTIZERS}
+            vars(self).update(is_walked=True, weight_is_read=self.weight_is_read or kind == "_parameters")
+        held = vars(self)[kind]
+        return {k: v for k, v in held.items() if k not in _QUANTIZERS} if kind == "_modules" else held
+
+    def float_parameter(self, name: str) -> Tensor | None:
+        if name == "weight" and is_in_kept_module():
+            vars(self)["weight_is_read"] = True
+        return self._parameter(name)
 
     @property
     def additions(self) -> list[str]:
@@ -212,7 +221,12 @@ class QuantLayer(StandIn):
         if isinstance(self, FunctionalLayer):
             return getattr(self, name)
         parametrizations = vars(self)["_modules"].get("parametrizations", ())
-        return parametrizations[name]() if name in parametrizations else vars(self)["_parameters"][name]
+        if name in parametrizations:
+            return parametrizations[name]()
+        parameter = vars(self)["_parameters"][name]
+        if is_in_kept_module() and not isinstance(parameter, (nn.Parameter, type(None))):
+            vars(self)["is_replaced"] = True
+        return parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._compute(input, self._parameter("weight"), self._parameter("bias"), self.geometry)
@@ -222,7 +236,8 @@ class QuantLayer(StandIn):
         layer = self.float_class.__new__(self.float_class)
         state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
         state["_modules"] = {key: module for key, module in state["_modules"].items() if key not in _QUANTIZERS}
-        layer.__dict__ = {key: value for key, value in state.items() if key not in (*_QUANTIZERS, *_ADDED)}
+        user = {key: value for key, value in self.float_state.items() if key in self.own_names}
+        layer.__dict__ = {k: v for k, v in state.items() if k not in (*_QUANTIZERS, *self.own_names)} | user
         return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -411,10 +426,6 @@ def kind_of(layer: nn.Module) -> str:
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
 
 
-_ADDED = (
-    "name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine",
-    "float_class", "is_walked",
-)  # fmt: skip
 _QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
 

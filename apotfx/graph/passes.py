@@ -19,7 +19,7 @@ from apotfx.graph.modularize import layers_as_modules
 from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
 from apotfx.graph.selfcheck import difference
 from apotfx.graph.tracing import TWO_PATHS, bind
-from apotfx.modules import attribute, become, has_hooks, look_at_as_float, replace_modules
+from apotfx.modules import attribute, become, disguise, has_hooks, look_at_as_float, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
 from apotfx.state import synchronize_clips
@@ -427,6 +427,8 @@ def look_at_layers_as_float(model: nn.Module, layers: Collection[str]) -> None:
     called = {node.target for node in graph_of(model).nodes if node.op == "call_module"}
     for path in sorted(called - set(layers)) if isinstance(model, Network) else [""]:
         module = model.get_submodule(path)
-        users = not isinstance(module, MultiheadAttention)
-        if users and any(name.startswith(f"{path}." if path else "") for name in layers):
+        hidden = [name for name in layers if name.startswith(f"{path}." if path else "")]
+        if hidden and not isinstance(module, MultiheadAttention):
             look_at_as_float(module)
+            for layer in map(model.get_submodule, hidden):
+                disguise(layer)

@@ -1,6 +1,6 @@
 """What Python code asks of a tensor, answered for the stand-ins that tracing passes in place of tensors.
 
-`isinstance(x, torch.Tensor)` or `math.sqrt(x.size(-1))` cannot be overloaded by the object that is asked. So the functions
+`type(x) is torch.Tensor` or `math.sqrt(x.size(-1))` cannot be overloaded by the object that is asked. So the functions
 of a model run, while it is traced, as copies whose builtins know stand-ins; nothing that other threads use changes.
 """
 
@@ -181,10 +181,6 @@ def recorded(function: Callable) -> Callable:
     return call
 
 
-def _isinstance(value: object, classes: object) -> bool:
-    return issubclass(known_type(value), classes) if isinstance(value, fx.Proxy) else isinstance(value, classes)
-
-
 def _hasattr(value: object, name: str) -> bool:
     return hasattr(known_type(value), name) if isinstance(value, fx.Proxy) else hasattr(value, name)
 
@@ -195,10 +191,6 @@ def _callable(value: object) -> bool:
 
 def _is_grad_enabled() -> bool:
     raise Untraceable("its forward asks whether gradients are computed")
-
-
-def _is_tensor(value: object) -> bool:
-    return _isinstance(value, Tensor)
 
 
 class _Type:
@@ -240,7 +232,7 @@ class _Rebound(_Module):
         return _understanding(getattr(module, name), vars(module), name, memo)
 
 
-BUILTINS = vars(builtins) | {"isinstance": _isinstance, "hasattr": _hasattr, "callable": _callable, "type": _Type()}
+BUILTINS = vars(builtins) | {"hasattr": _hasattr, "callable": _callable, "type": _Type()}
 _MATH = _Module(math, **{name: recorded(f) for name, f in vars(math).items() if callable(f)})
 # What makes a tensor of none takes no stand-ins as sizes, types and devices.
 _FACTORIES = {
@@ -248,5 +240,5 @@ _FACTORIES = {
     torch.logspace, torch.normal, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm,
     torch.scalar_tensor, torch.tensor, torch.tril_indices, torch.triu_indices, torch.zeros,
 }  # fmt: skip
-_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
-_ANSWERS = {isinstance: _isinstance, hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}
+_TORCH = _Module(torch, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
+_ANSWERS = {hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}

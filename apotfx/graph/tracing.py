@@ -473,8 +473,9 @@ class _Tracer(fx.Tracer):
             function, name = setitem, ""
         elif name.startswith("__") and hasattr(operator, name):
             function, name = getattr(operator, name), ""
-        args, kwargs = pytree.tree_map_only(_Held, lambda held: held.tensor, (args, kwargs))
-        if (first := args[0] if args else None) is not None and isinstance(first, Tensor) and _writes(function):
+        args, kwargs = pytree.tree_map(lambda x: x.tensor if type(x) is _Held else x, (args, kwargs))
+        first = args[0] if args else None
+        if not isinstance(first, fx.Proxy) and isinstance(first, Tensor) and _writes(function):
             self._written.add(first.untyped_storage()._cdata)
         method = bool(name) and torch.overrides.is_tensor_method_or_property(function)
         return self.create_proxy("call_method" if method else "call_function", name if method else function, args, kwargs)
@@ -527,6 +528,8 @@ class _Tracer(fx.Tracer):
 
 class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
+
+    __class__ = property(known_type)  # what isinstance and match ask
 
     def __getattr__(self, name: str) -> fx.Proxy:
         if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):
