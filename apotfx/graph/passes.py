@@ -59,7 +59,7 @@ class Prepared:
     ):
         require_traceable(model)
         kept: dict[str, str] = {}
-        self.unchecked = self_check
+        self.self_check = self.unchecked = self_check
         while True:
             self.copied = copy.deepcopy(model)
             self._attention = split_attention(self.copied)
@@ -134,7 +134,8 @@ class Prepared:
         for name, layer in layers.items():
             layer.rectifier = rectifiers.get(name)
         swap_layers(self.model, layers)
-        look_at_layers_as_float(self.model, layers)
+        # The code around layers inside modules kept whole may tell them from float ones.
+        self.unchecked |= look_at_layers_as_float(self.model, layers) and self.self_check
         if isinstance(self.model, Network):
             self.model.watch()
         return rectifiers
@@ -287,12 +288,12 @@ def quantize(
             raise ApotfxError(
                 f"model: {name} is on the meta device, which holds no values; only plan() takes such a model"
             )
-    qmodel = prepared.model
+    qmodel, traced_alike = prepared.model, not prepared.unchecked
     layers = _quantized_layers(prepared, resolved)
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
     synchronize_clips(qmodel)
-    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked)
+    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, traced_alike=traced_alike)
     return qmodel
 
 
@@ -422,13 +423,16 @@ def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model.recompile()
 
 
-def look_at_layers_as_float(model: nn.Module, layers: Collection[str]) -> None:
-    """Let modules kept whole see those of `layers` that are inside as float layers; what they read is then noted."""
+def look_at_layers_as_float(model: nn.Module, layers: Collection[str]) -> bool:
+    """Let modules kept whole see those of `layers` that are inside as float layers. Returns whether there are any."""
+    found = False
     called = {node.target for node in graph_of(model).nodes if node.op == "call_module"}
     for path in sorted(called - set(layers)) if isinstance(model, Network) else [""]:
         module = model.get_submodule(path)
         hidden = [name for name in layers if name.startswith(f"{path}." if path else "")]
         if hidden and not isinstance(module, MultiheadAttention):
+            found = True
             look_at_as_float(module)
             for layer in map(model.get_submodule, hidden):
                 disguise(layer)
+    return found

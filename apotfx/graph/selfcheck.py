@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
-from apotfx.graph.network import Network
+from apotfx.graph.network import Network, graph_of, record_of
 from apotfx.graph.tracing import HOOKS, contents, put_back, with_fixed
 from apotfx.layers import QuantLayer, being_float, computing_in_float
 from apotfx.modules import looked_at_as_float
@@ -24,9 +24,9 @@ NOISE = 1e-3  # of a result's root mean square: float rounding stays below, anot
 
 
 def difference(
-    network: Network, args: tuple, kwargs: dict, model: nn.Module | None = None
+    network: nn.Module, args: tuple, kwargs: dict, model: nn.Module | None = None
 ) -> tuple[str, str] | None:
-    """Where a network, its quantizers off, is not the module that it was traced from; None if it is.
+    """Where a network, its quantizers off, is not the module that it was made from; None if it is.
 
     Four forward passes without gradients: both in evaluation and in training mode, each from the same random state.
     Nothing is left changed.
@@ -46,10 +46,10 @@ def difference(
     with torch.no_grad(), _restored(network, model):
         for training in (False, True):
             network.train(training)
-            reference = network.original if model is None or training else model.eval()
+            reference = getattr(network, "original", network) if model is None or training else model.eval()
             try:
                 with state_kept(network.modules()), being_float(network):
-                    expected = _run(reference.forward, *with_fixed(reference, args, kwargs, network.fixed))
+                    expected = _run(reference.forward, *with_fixed(reference, args, kwargs, getattr(network, "fixed", {})))
             except Exception as error:  # the model's own code may raise anything
                 if training:
                     continue  # such as for a single image, which a batch norm has no statistics of
@@ -70,20 +70,21 @@ def difference(
 
 def require_same(network: nn.Module, args: tuple, kwargs: dict) -> None:
     """`difference`, once for a network. Raises: ApotfxError: there is one."""
-    if not isinstance(network, Network) or not network.meta.get("unchecked"):
+    record = record_of(network)
+    if not record.get("unchecked"):
         return
     try:
-        network.meta["unchecked"] = False
+        record["unchecked"] = False
         found = difference(network, args, kwargs)
     except ApotfxError:  # the inputs are none; the call that follows says why
-        network.meta["unchecked"] = True
+        record["unchecked"] = True
         return
     if found is not None:
         path, how = found
-        raise ApotfxError(
-            f"{path or 'the model'}: tracing changed what it computes ({how}); pass such inputs to quantize as "
-            "example_inputs, which then keeps it whole"
-        )
+        changed, fix = "tracing", "pass such inputs to quantize as example_inputs, which then keeps it whole"
+        if path in record["leaves"] or record["traced_alike"]:
+            changed, fix = "quantization", "its code asks for more than isinstance of the type of a layer; change that"
+        raise ApotfxError(f"{path or 'the model'}: {changed} changed what it computes ({how}); {fix}")
 
 
 def _line(error: Exception) -> str:
@@ -130,9 +131,9 @@ def _describe(x: object) -> str:
 
 def _where(network: Network, reference: nn.Module, args: tuple, kwargs: dict) -> str:
     """The module whose code calls the first leaf module that gets other inputs in the network than in `reference`."""
-    leaves = {node.target for node in network.graph.nodes if node.op == "call_module"}
-    runs = []
-    for model, forward in ((reference, functools.partial(reference.forward, **network.fixed)), (network, network)):
+    leaves = {node.target for node in graph_of(network).nodes if node.op == "call_module"}
+    fixed, runs = getattr(network, "fixed", {}), []
+    for model, forward in ((reference, functools.partial(reference.forward, **fixed)), (network, network)):
         calls: list[tuple[str, object]] = []
         handles = [
             module.register_forward_pre_hook(
