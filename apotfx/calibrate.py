@@ -140,8 +140,8 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
     try:
         with _evaluation(qmodel):
             for norm in norms.values():
-                norm.reset_running_stats()
                 states[norm].momentum = None  # for the average over all batches
+                norm.reset_running_stats()
                 norm.training = True
             _run(qmodel, batches)
         unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]

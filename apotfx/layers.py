@@ -5,6 +5,7 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -186,7 +187,8 @@ class QuantLayer(StandIn):
         if float_type_of(layer) is not cls.float_type:
             raise ApotfxError(f"{cls.__name__} replaces {cls.float_type.__name__}, got {type(layer).__name__}")
         quant = cls.__new__(cls)
-        quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
+        own = {key: value for key, value in vars(layer).items() if key not in cls.own_names}
+        quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in own.items()}
         quant.weight_quantizer = weight_quantizer
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
@@ -395,6 +397,7 @@ class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
 
 class QuantFunctional(QuantLayer, FunctionalLayer):
     float_type = FunctionalLayer
+    own_names = QuantLayer.own_names - {"kind"}
 
 
 QUANT_LAYERS = {
@@ -431,7 +434,7 @@ _QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
 @contextmanager
 def being_float(model: nn.Module) -> Iterator[None]:
-    """While active, the quantized layers of `model` are of the types that they had in the float model."""
+    """While active, the quantized layers of `model` are float layers, of the types that they had in the float model."""
     states = [(layer, type(layer), vars(layer)) for layer in model.modules() if isinstance(layer, QuantLayer)]
     try:
         for layer, _, _ in states:
@@ -444,13 +447,16 @@ def being_float(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computing_in_float(model: nn.Module) -> Iterator[None]:
-    """While active, the quantized layers of `model` are float layers."""
+    """While active, the quantized layers of `model` compute what their float layers do, in the same way."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
-    quantizers = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
     try:
         for layer in layers:
-            layer.weight_quantizer = layer.input_quantizer = None
+            vars(layer)["forward"] = functools.partial(_float_forward, layer)
         yield
     finally:
-        for layer, (weight_quantizer, input_quantizer) in zip(layers, quantizers):
-            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _float_forward(layer: QuantLayer, input: Tensor, *args, **kwargs) -> Tensor:
+    return layer.float_type.forward(layer, layer.rectify(input), *args, **kwargs)

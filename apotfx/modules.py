@@ -170,7 +170,7 @@ def _enter(module: nn.Module, args: tuple) -> None:
 
 def _leave(module: nn.Module, args: tuple, output: object) -> None:
     if not torch.compiler.is_compiling():
-        _watched.depth, _watched.kept = _watched.depth - 1, _watched.kept - 1
+        _watched.depth, _watched.kept = max(_watched.depth - 1, 0), max(_watched.kept - 1, 0)
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

@@ -719,7 +719,7 @@ kinds("mask", {
     "causal": "t = $x.shape[1]\nmask = torch.full((t, t), torch.finfo($x.dtype).min).triu(1)\n"
         "w = $x.flatten(2) @ $x.flatten(2).mT\n$x = $x * (w + mask).softmax(-1).mean(-1).view($x.shape[0], t, *[1] * ($x.dim() - 2))",
     "topk": "index = $x.topk(2, 1).indices\n$x = $x + $x.gather(1, index).mean(1, keepdim=True)",
-    "argsort": "$x = $x.gather(1, $y.detach().argsort(1, stable=True) * 0 + 1)",
+    "argsort": "$x = $x.gather(1, $y.detach().argsort(dim=1, stable=True) * 0 + 1)",
     "where-mask": "keep = torch.arange($x.shape[1]) < 3\n$x = torch.where(keep.view(1, -1, *[1] * ($x.dim() - 2)), $x, torch.zeros_like($x))",
     "cumprod": "$x = $x * torch.linspace(0.5, 1, $x.shape[1]).cumprod(0).view(1, -1, *[1] * ($x.dim() - 2))",
     "meshgrid": "i, j = torch.meshgrid(torch.arange($x.shape[-1]), torch.arange($x.shape[-2]), indexing='xy')\n"

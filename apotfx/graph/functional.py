@@ -17,6 +17,7 @@ from apotfx.graph.tracing import owner
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "is_floating_point", "requires_grad"}
 NO_TENSORS = {bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout}
+RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 COMPLEX_VIEWS = {"real", "imag", "view_as_real", "view_as_complex"}
 
 
@@ -45,6 +46,12 @@ def functionalize(
         if len(written) > 1:
             return {owner(node): f"its forward writes to several tensors at once ({node.name})"}
         (target,) = written
+        if node.op == "call_method" and node.target in RESHAPING:  # the same memory, and no value is written
+            node.target = node.target.removesuffix("_")
+            memory[node] = memory[node] | memory[target]
+            for user in readers(target, node):
+                user.replace_input_with(target, node)
+            continue
         sharing = [n for n in memory if n not in (node, target) and memory[n] & memory[target] and readers(n, node)]
         sources = {n for n in memory[target] if n.op in ("get_attr", "placeholder")}
         states = [n.target for n in sources if n.op == "get_attr" and n.target not in constants]

@@ -256,6 +256,7 @@ class _Tracer(fx.Tracer):
         self.tensors = dict(_tensors(model))
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._written: set[int] = set()  # storages of constants that the graph writes to
+        self._counted: set[str] = set()  # the counters of batches that the code increments
         self._attributes: dict[str, fx.Node] = {}
         self._context, self._entered = _context(), 0
         self._hooked = {module for module in self.submodule_paths if has_hooks(module)}
@@ -426,6 +427,7 @@ class _Tracer(fx.Tracer):
         if _context() != self._context:
             raise _AnotherContext("its forward runs code in a context (no_grad, autocast, checkpoint, ...)")
         node = super().create_node(kind, *args, **kwargs)
+        node.meta["counted"] = self._counted
         node.meta["type"] = static_type(node, self.modules.get(node.target) if kind == "call_module" else None)
         return node
 
@@ -459,6 +461,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest, **more) -> fx.Proxy:
         if target == "add_" and self._counts_batches(args[0]):
+            self._counted.add(self._names[id(vars(args[0])["tensor"])])
             return args[0]  # batch norms count their batches, which matters to no result if they have a momentum
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
