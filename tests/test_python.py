@@ -266,3 +266,14 @@ def test_the_text_of_what_is_not_known_keeps_the_module_whole():
     model, x = Keyed(), torch.randn(3, 4)
     assert torch.equal(trace(copy.deepcopy(model))(x), model(x))
     assert "asks for the text of" in record_of(trace(model))["leaves"][""]
+
+
+@pytest.mark.parametrize("function", [torch.vmap, torch.func.jacfwd, torch.func.grad], ids=lambda f: f.__name__)
+def test_what_goes_from_python_into_c_gets_no_stand_in(function):
+    class Net(Base):
+        def ask(self, y):
+            return y + function(lambda t: (t * t).sum())(y).mean()
+
+    model, x = Net(), torch.randn(3, 4)
+    network = trace(copy.deepcopy(model))
+    assert list(record_of(network)["leaves"]) == [""] and torch.equal(network(x), model(x))

@@ -476,9 +476,8 @@ class _Tracer(fx.Tracer):
             function, name = setitem, ""
         elif name.startswith("__") and hasattr(operator, name):
             function, name = getattr(operator, name), ""
-        args, kwargs = pytree.tree_map(lambda x: x.tensor if type(x) is _Held else x, (args, kwargs))
-        first = args[0] if args else None
-        if not isinstance(first, fx.Proxy) and isinstance(first, Tensor) and _writes(function):
+        args, kwargs = pytree.tree_map_only(_Held, lambda held: held.tensor, (args, kwargs))
+        if (first := args[0] if args else None) is not None and isinstance(first, Tensor) and _writes(function):
             self._written.add(first.untyped_storage()._cdata)
         method = bool(name) and torch.overrides.is_tensor_method_or_property(function)
         return self.create_proxy("call_method" if method else "call_function", name if method else function, args, kwargs)
@@ -532,7 +531,12 @@ class _Tracer(fx.Tracer):
 class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
 
-    __class__ = property(known_type)  # what isinstance and match ask
+    @property
+    def __class__(self) -> type:
+        """What `isinstance` and `match` ask; inside of torch a stand-in is none, as a tensor would go on into C."""
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        own = asker.startswith(("torch.", "apotfx.")) and asker != nn.Parameter.__module__
+        return type(self) if own else known_type(self)
 
     def __getattr__(self, name: str) -> fx.Proxy:
         if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import types
 from collections.abc import Iterator
 from dis import get_instructions
 
@@ -55,14 +56,18 @@ def _describe_module(module: nn.Module) -> tuple[str, dict]:
 
 @functools.cache
 def _assigned_by_forward(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes that its forward, or a method that this calls, assigns: they say how often it ran, not what it is."""
-    methods = {name: getattr(cls, name) for name in dir(cls) if not hasattr(nn.Module, name) or name == "forward"}
-    reached, assigned = ["forward"], set()
-    for name in reached:
-        code = getattr(methods[name], "__code__", None)
-        if code is not None:
-            assigned.update(i.argval for i in get_instructions(code) if i.opname == "STORE_ATTR")
-            reached += [other for other in code.co_names if other in methods and other not in reached]
+    """The attributes that its forward, or a function that this calls, assigns: how often it ran, not what it is."""
+    reached, assigned, waiting = {"forward"}, set(), [cls.forward]
+    for function in waiting:
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            continue
+        assigned.update(i.argval for i in get_instructions(function.__code__) if i.opname == "STORE_ATTR")
+        for name in function.__code__.co_names:
+            own = None if hasattr(nn.Module, name) else getattr(cls, name, None)
+            if name not in reached:
+                reached.add(name)
+                waiting.append(own or function.__globals__.get(name))
     return frozenset(assigned)
 
 
