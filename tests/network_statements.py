@@ -363,6 +363,9 @@ kinds("asks", {
     "is-same": "if $x is $y:\n    $x = $x + 1\nelse:\n    $x = $x - 0.5",
     "f-string": 'key = f"{$x.dtype}"\nif key == "torch.float32":\n    $x = $x * 0.6',
 })  # fmt: skip
+kinds("asks", {  # answered wrongly by a stand-in, which the self-check sees
+    "class": "if $x.__class__ is torch.Tensor:\n    $x = $x * 0.5",
+}, may_refuse=True)
 kinds("asks", {
     "requires_grad": "if $x.requires_grad:\n    $x = $x * 0.6",
     "grad-enabled": "if torch.is_grad_enabled():\n    $x = $x * 0.6",
@@ -702,7 +705,6 @@ kinds(
 )
 kinds("asks", {
     "match": "match $x:\n    case torch.Tensor():\n        $x = $x * 0.5\n    case _:\n        $x = $x[0]",
-    "class": "if $x.__class__ is torch.Tensor:\n    $x = $x * 0.5",
     "in-dict": "$x = {'a': lambda t: t * (0.5 if isinstance(t, torch.Tensor) else 2)}['a']($x)",
     "in-list": "for f in [lambda t: t * (0.5 if torch.is_tensor(t) else 2), torch.tanh]:\n    $x = f($x)",
     "log": 'logging.getLogger("net").debug(f"shape {$x.shape}")\n$x = $x * 0.5',

@@ -1,6 +1,6 @@
 """What Python code asks of a tensor, answered for the stand-ins that tracing passes in place of tensors.
 
-`type(x) is torch.Tensor` or `math.sqrt(x.size(-1))` cannot be overloaded by the object that is asked. So the functions
+`isinstance(x, torch.Tensor)` or `math.sqrt(x.size(-1))` cannot be overloaded by the object that is asked. So the functions
 of a model run, while it is traced, as copies whose builtins know stand-ins; nothing that other threads use changes.
 """
 
@@ -108,9 +108,13 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
     if not plain:
         return None
     if function not in memo:
-        if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in get_instructions(function.__code__)):
-            memo[function] = None  # it would change the copy's globals
+        operations = {i.opname for i in get_instructions(function.__code__)}
+        if operations & {"STORE_GLOBAL", "DELETE_GLOBAL"}:  # it would change the copy's globals
+            memo[function] = None
             return None
+        if "MATCH_CLASS" in operations:
+            memo[function] = functools.wraps(function)(lambda *args, **kwargs: _refuse_to_match())
+            return memo[function]
         scope = memo.setdefault(id(function.__globals__), {})
         if not scope:
             scope.update(function.__globals__, __builtins__=BUILTINS | {"super": functools.partial(_Super, memo)})
@@ -181,6 +185,10 @@ def recorded(function: Callable) -> Callable:
     return call
 
 
+def _isinstance(value: object, classes: object) -> bool:
+    return issubclass(known_type(value), classes) if isinstance(value, fx.Proxy) else isinstance(value, classes)
+
+
 def _hasattr(value: object, name: str) -> bool:
     return hasattr(known_type(value), name) if isinstance(value, fx.Proxy) else hasattr(value, name)
 
@@ -189,8 +197,16 @@ def _callable(value: object) -> bool:
     return callable(value) and isinstance(value, fx.proxy.Attribute) >= isinstance(value, fx.Proxy)
 
 
+def _refuse_to_match() -> None:
+    raise Untraceable("its forward matches values with classes")
+
+
 def _is_grad_enabled() -> bool:
     raise Untraceable("its forward asks whether gradients are computed")
+
+
+def _is_tensor(value: object) -> bool:
+    return _isinstance(value, Tensor)
 
 
 class _Type:
@@ -232,7 +248,7 @@ class _Rebound(_Module):
         return _understanding(getattr(module, name), vars(module), name, memo)
 
 
-BUILTINS = vars(builtins) | {"hasattr": _hasattr, "callable": _callable, "type": _Type()}
+BUILTINS = vars(builtins) | {"isinstance": _isinstance, "hasattr": _hasattr, "callable": _callable, "type": _Type()}
 _MATH = _Module(math, **{name: recorded(f) for name, f in vars(math).items() if callable(f)})
 # What makes a tensor of none takes no stand-ins as sizes, types and devices.
 _FACTORIES = {
@@ -240,5 +256,5 @@ _FACTORIES = {
     torch.logspace, torch.normal, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm,
     torch.scalar_tensor, torch.tensor, torch.tril_indices, torch.triu_indices, torch.zeros,
 }  # fmt: skip
-_TORCH = _Module(torch, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
-_ANSWERS = {hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}
+_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
+_ANSWERS = {isinstance: _isinstance, hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}

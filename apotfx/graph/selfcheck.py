@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import Network, graph_of, record_of
-from apotfx.graph.tracing import HOOKS, contents, put_back, with_fixed
+from apotfx.graph.tracing import HOOKS, attributes_kept, with_fixed
 from apotfx.layers import QuantLayer, being_float, computing_in_float
 from apotfx.modules import looked_at_as_float
 
@@ -173,19 +173,15 @@ def _restored(*models: nn.Module | None) -> Iterator[None]:
 def state_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Afterwards `modules` hold what they held: the same attributes, buffers and items, and buffers with the same values."""
     modules = list(modules)
-    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
     buffers = [buffer for m in modules for buffer in m._buffers.values() if buffer is not None]
     dense = [buffer.untyped_storage() for buffer in buffers if buffer.layout == torch.strided]
     # By memory, as the elements of an expanded tensor cannot be written.
     values = [(held, held.clone()) for held in ({x._cdata: x for x in dense}).values()]
     values += [(buffer, buffer.clone()) for buffer in buffers if buffer.layout != torch.strided]
     try:
-        yield
+        with attributes_kept(modules):
+            yield
     finally:
-        for state, saved, held in states:
-            state.clear()
-            state.update(saved)
-            put_back(held)
         for held, value in values:
             held.copy_(value)
 

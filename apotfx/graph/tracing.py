@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -531,13 +531,6 @@ class _Tracer(fx.Tracer):
 class _Value(fx.Proxy):
     """Stands for a value while code is traced."""
 
-    @property
-    def __class__(self) -> type:
-        """What `isinstance` and `match` ask; inside of torch a stand-in is none, as a tensor would go on into C."""
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        own = asker.startswith(("torch.", "apotfx.")) and asker != nn.Parameter.__module__
-        return type(self) if own else known_type(self)
-
     def __getattr__(self, name: str) -> fx.Proxy:
         if name in ("grad", "grad_fn", "requires_grad", "is_leaf", "name", "_base"):
             raise Untraceable(f"its forward asks for {name} of a tensor, which is not known while tracing")
@@ -718,6 +711,19 @@ def put_back(contents: Mapping[str, tuple]) -> None:
         held.extend(copied) if isinstance(held, list) else held.update(copied)
 
 
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards `modules` have the attributes that they had, and containers among them hold what they held."""
+    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
+    try:
+        yield
+    finally:
+        for state, saved, held in states:
+            state.clear()
+            state.update(saved)
+            put_back(held)
+
+
 def _same(a: object, b: object) -> bool:
     return a is b or type(a) is type(b) and isinstance(a, PLAIN) and a == b
 
@@ -779,7 +785,7 @@ class _Shapes:
             return self._empty(self.tracer.tensors[node.target] if constant is None else constant)
         if node.op == "call_module":
             module = self.tracer.modules[node.target]
-            with self.tracer.out_of(module):
+            with self.tracer.out_of(module), attributes_kept(module.modules()):
                 state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
                 return torch.func.functional_call(module, state, args, kwargs)
         if node.op == "call_method":
