@@ -679,10 +679,15 @@ kinds(
     {
         "config": "$x = $x * self.config$i.scale\nif self.config$i.use_bias:\n    $x = $x + 0.1",
         "table": "$x = self.config$i.functions[self.config$i.kind]($x)",
-        "table-asks": "$x = self.config$i.functions['asks']($x)",
     },
     "self.config$i = types.SimpleNamespace(scale=0.5, use_bias=True, kind='gelu', functions={'relu': F.relu, "
-    "'gelu': F.gelu, 'asks': lambda t: 0.5 * t if isinstance(t, torch.Tensor) else 2 * t})",
+    "'gelu': F.gelu})",
+)
+kinds(
+    "submodule",
+    {"table-asks": "$x = self.table$i['asks']($x)"},
+    "self.table$i = {'asks': lambda t: 0.5 * t if isinstance(t, torch.Tensor) else 2 * t}",
+    may_refuse=True,  # code that nothing is done to gets the answer of a stand-in, which the self-check sees
 )
 kinds(
     "submodule",
