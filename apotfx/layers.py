@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from . import functional as F
 from .engine import EAGER, Eager, quantized_op
@@ -192,7 +193,8 @@ class QuantLayer(StandIn):
         quant.weight_quantizer = weight_quantizer
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
-        quant.geometry, quant.float_class, quant.float_state = Geometry.of(layer), type(layer), float_attributes(layer)
+        quant.geometry, quant.float_class = Geometry.of(layer), parametrize.type_before_parametrizations(layer)
+        quant.float_state = float_attributes(layer)
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
                 quantizer.train(layer.training)
@@ -240,6 +242,10 @@ class QuantLayer(StandIn):
         state["_modules"] = {key: module for key, module in state["_modules"].items() if key not in _QUANTIZERS}
         user = {key: value for key, value in self.float_state.items() if key in self.own_names}
         layer.__dict__ = {k: v for k, v in state.items() if k not in (*_QUANTIZERS, *self.own_names)} | user
+        if "parametrizations" in layer._modules:  # for which torch makes a type of its own
+            parametrize._inject_new_class(layer)
+            for name in layer.parametrizations:
+                parametrize._inject_property(layer, name)
         return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

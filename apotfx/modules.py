@@ -83,12 +83,12 @@ class _Disguised:
     """A stand-in that looks like the float layer to code that is looking; what is said to whom, `__getattribute__` knows."""
 
     def __getattribute__(self, name: str):
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        itself = name == "forward" or name in _COPYING or caller.partition(".")[0] == __name__.partition(".")[0]
-        if not itself and is_looked_at_as_float():
-            return _float_attribute(self, name)
+        if is_looked_at_as_float() and name != "forward" and name not in _COPYING:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] != __name__.partition(".")[0]:
+                return _float_attribute(self, name)
         try:
-            return super().__getattribute__(name)
+            return object.__getattribute__(self, name)
         except AttributeError:
             state = object.__getattribute__(self, "__dict__")
             found = next((state[kind] for kind in _HELD if name in state.get(kind, ())), None)

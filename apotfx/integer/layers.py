@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from apotfx import functional as F
 from apotfx import reproducible
@@ -68,7 +69,8 @@ class IntegerLayer(StandIn):
     def stand_in_for(self, layer: nn.Module, weight: Tensor | None) -> None:
         """Have the attributes of the float layer that code around it may read, and its weight, if the export has it."""
         settings = {key: value for key, value in vars(layer).items() if key[0] != "_" and not hasattr(self, key)}
-        vars(self).update(settings, float_class=type(layer), float_state=float_attributes(layer), has_float_weight=weight is not None)
+        vars(self).update(settings, float_class=type_before_parametrizations(layer), float_state=float_attributes(layer))
+        self.has_float_weight = weight is not None
         like = layer.weight
         self.register_buffer("float_weight", self.scale.new_full((), torch.nan).expand(like.shape), persistent=False)
         if weight is not None:
