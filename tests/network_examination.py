@@ -229,7 +229,7 @@ _exported: dict[Path, dict[str, Tensor]] = {}
 def _load_copy(path: Path, model: nn.Module, backend: str, **options) -> nn.Module:
     model = copy.deepcopy(model)
     model.load_state_dict(_exported[path])
-    return model
+    return model.requires_grad_(False)
 
 
 COPIES = Library(
