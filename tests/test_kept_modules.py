@@ -50,6 +50,10 @@ class Net(nn.Sequential):
         super().__init__(nn.Linear(6, 6), nn.ReLU(), Kept(*args), nn.Linear(6, 6))
 
 
+def weight_norm(*sizes):
+    return nn.utils.parametrizations.weight_norm(nn.Linear(*sizes))
+
+
 def as_type(m):
     return 0.5 if isinstance(m.layer, Scaled) and m.layer.__class__ is Scaled else 2.0
 
@@ -65,6 +69,7 @@ LOOKS = {
     "dir": (lambda m: "weight_quantizer" in dict(m.layer.named_children()) or "scale" in m.layer.__dict__,),
     "named_parameters": (lambda m: sum(len(n) * p.mean() for n, p in m.named_parameters()),),
     "state_dict": (lambda m: sum(t.square().mean() for t in m.layer.state_dict().values()),),
+    "parametrized": (lambda m: m.layer.weight.norm() / 5, weight_norm),
     "buffers": (lambda m: len(list(m.buffers())),),
     "walk": (lambda m: sum(len(list(c.parameters(recurse=False))) for c in m.modules()),),
     "text": (lambda m: len(repr(m.layer)) / 100,),
@@ -142,10 +147,6 @@ def test_all_references_to_a_layer_are_to_the_quantized_one(x, tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(load_integer(path, model)(x), qmodel(x))
-
-
-def weight_norm(*sizes):
-    return nn.utils.parametrizations.weight_norm(nn.Linear(*sizes))
 
 
 @pytest.mark.parametrize("look, make, message", [
