@@ -240,3 +240,28 @@ def test_an_input_that_is_written_afterwards_is_kept_for_the_backward_pass(write
         network.train()(inputs)[0].square().sum().backward()
     expected, got = (network.get_submodule("first").weight.grad for network in (model, qmodel))
     assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("layer", [
+    lambda m, y: TF.linear(y, torch.eye(4)), lambda m, y: m.frozen(y), lambda m, y: y @ torch.eye(4),
+], ids=["constant", "frozen", "product"])  # fmt: skip
+def test_an_input_that_only_the_quantized_layer_keeps_may_be_written(layer):
+    """A float layer whose weight has no gradient does not keep its input."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, inputs):
+            y = self.first(inputs)
+            z = layer(self, y)
+            y.mul_(2)
+            return z + y
+
+    model, inputs = Writing(), torch.randn(6, 4)
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(scheme="uniform", weight_bits=8, activation_bits=8),))), [inputs])
+    for network in (model, qmodel):
+        network.train()(inputs).square().sum().backward()
+    expected, got = (network.get_submodule("first").weight.grad for network in (model, qmodel))
+    assert (got - expected).norm() < 0.05 * expected.norm()

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from apotfx.errors import ApotfxError
+from apotfx.graph.facts import FUNCTIONAL_LAYERS, PRODUCTS
 from apotfx.graph.operations import returns_fresh, torch_name, writes
 from apotfx.graph.tracing import owner
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "is_floating_point", "requires_grad"}
 NO_TENSORS = {bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout}
 RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+LAYERS = FUNCTIONAL_LAYERS | PRODUCTS
 COMPLEX_VIEWS = {"real", "imag", "view_as_real", "view_as_complex"}
 
 
@@ -34,12 +36,15 @@ def functionalize(
     """
     memory: dict[fx.Node, set[fx.Node]] = {}  # what a value may share memory with goes back to one of the same nodes
     position: dict[fx.Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+    saved: set[fx.Node] = set()  # what lies in the same memory as they is kept for the backward pass
 
     def readers(value: fx.Node, write: fx.Node) -> list[fx.Node]:
         return [u for u in value.users if position[u] > position[write] and not asks_for_metadata(u)]
 
     for node in list(graph.nodes):
         memory[node] = _memory(node, memory, modules)
+        if _is_layer(node, modules):
+            saved.update(*(memory[x] for x in node.all_input_nodes))
         written = writes(node, modules)
         if not written:
             continue
@@ -65,7 +70,8 @@ def functionalize(
         if sharing and inputs:
             return {owner(node): f"its forward writes to the input {min(inputs)}, which it also reads"}
         later = {value: readers(value, node) for value in (*sharing, target, node)}
-        if sharing or sources and not inputs:  # an input is the caller's, who sees what is written to it
+        # An input is the caller's, who sees what is written to it.
+        if sharing or sources and not inputs or not (inputs or saved.isdisjoint(memory[target])):
             with graph.inserting_before(node):
                 copied = graph.call_method("clone", (target,))
             node.replace_input_with(target, copied)
@@ -101,6 +107,13 @@ def written_after(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.
             for value in memory:
                 found[value] += [node] * (value is not node and not memory[value].isdisjoint(memory[target]))
     return found
+
+
+def _is_layer(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node calls what is quantized: as such it keeps its input, whatever the float layer does."""
+    if node.op == "call_module":
+        return next(modules[node.target].parameters(), None) is not None
+    return torch_name(node) in LAYERS
 
 
 def _memory(
