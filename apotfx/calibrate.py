@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
-from .graph.network import graph_of, record_of
+from .graph.network import Network, graph_of, record_of
 from .graph.passes import leave_in_float
-from .graph.selfcheck import require_same
-from .layers import QuantLayer, outside_readers
+from .graph.selfcheck import require_same, state_kept
+from .layers import QuantLayer
 from .reproducible import AttachedBatchNorm
-from .quantizers import PAPER_INPUT_CLIP, WeightQuantizer
+from .quantizers import PAPER_INPUT_CLIP, Quantizer, WeightQuantizer
 
 METHODS = ("mse", "minmax", "percentile", "paper")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -39,7 +39,7 @@ def observed_inputs(
     def observe(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         kept.setdefault(name, []).append(layer.rectify(keep(_argument(args, kwargs, 0, "input"))))
 
-    with _pre_hooks(layers, observe):
+    with _before_calls(layers, observe):
         yield kept
 
 
@@ -140,8 +140,8 @@ def reestimate_batch_norms(qmodel: nn.Module, batches: Iterable[Tensor | tuple |
     try:
         with _evaluation(qmodel):
             for norm in norms.values():
-                norm.reset_running_stats()
                 states[norm].momentum = None  # for the average over all batches
+                norm.reset_running_stats()
                 norm.training = True
             _run(qmodel, batches)
         unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
@@ -290,12 +290,6 @@ def _observe_float(
     """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer."""
     quantizers = {layer: layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None}
     ranges: dict[str, tuple[float, float]] = {}
-    buffers = [
-        (module, key, buffer.clone())
-        for module in qmodel.modules()
-        for key, buffer in module.named_buffers(recurse=False)
-    ]
-
     def check(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         x = _argument(args, kwargs, 0, "input")
         if not x.is_floating_point():
@@ -310,30 +304,31 @@ def _observe_float(
             least, most = ranges.get(name, (low, high))
             ranges[name] = min(least, low), max(most, high)
 
-    try:
-        with (
-            outside_readers(layers.values()) as readers,
-            _switched_off(layers, "input_quantizer"),
-            _pre_hooks(layers, check),
-            observed_inputs(layers, keep) as kept,
-        ):
-            num_batches = _run(qmodel, batches)
-    finally:
-        for module, key, value in buffers:
-            getattr(module, key).copy_(value)
-    called = {node.target for node in graph_of(qmodel).nodes if node.op == "call_module"}
-    read = {name for name, layer in layers.items() if layer in readers and name not in called}
-    for name in read & kept.keys():
-        layers[name].weight_is_read = True
-    if unused := read - kept.keys():
+    with (
+        state_kept(_modules_of_the_user(qmodel)),
+        _switched_off(layers, "input_quantizer"),
+        _before_calls(layers, check),
+        observed_inputs(layers, keep) as kept,
+    ):
+        num_batches = _run(qmodel, batches)
+    graph = () if getattr(qmodel, "is_as_written", False) else graph_of(qmodel).nodes
+    called = {node.target for node in graph if node.op == "call_module"}
+    read = {name for name, layer in layers.items() if layer.weight_is_read and name not in called}
+    unused = read - kept.keys()
+    needing = [name for name, layer in layers.items() if layer.input_quantizer is not None and name not in unused]
+    if unused:
         reason = "the module around it, which is kept whole, computes with its weight and never calls it"
         leave_in_float(qmodel, dict.fromkeys(sorted(unused), reason))
-    needing = [name for name, layer in layers.items() if layer.input_quantizer is not None and name not in unused]
     _require_reached(needing, called, kept, num_batches)
     record = record_of(qmodel)
     if "plan" in record:
         record["plan"] = record["plan"].with_observed(ranges)
     return {name: x for name, parts in kept.items() if (x := torch.cat(parts)).numel()}
+
+
+def _modules_of_the_user(qmodel: nn.Module) -> list[nn.Module]:
+    modules = {*qmodel.modules(), getattr(qmodel, "original", qmodel)}
+    return [m for m in modules if not isinstance(m, (Network, QuantLayer, Quantizer))]
 
 
 def _require_reached(needing: list[str], called: set[str], kept: dict[str, list[Tensor]], num_batches: int) -> None:
@@ -439,6 +434,27 @@ def _expected_input(module: nn.Module) -> str:
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Tensor:
     return args[position] if len(args) > position else kwargs[name]
+
+
+@contextmanager
+def _before_calls(layers: Mapping[str, QuantLayer], see: Callable) -> Iterator[None]:
+    """While active, calls `see(name, layer, args, kwargs)` before each forward of each of `layers`, called as it may be."""
+    before = {layer: vars(layer).get("forward") for layer in layers.values()}
+
+    def seen(name: str, layer: QuantLayer, forward: Callable) -> Callable:
+        def call(*args, **kwargs):
+            see(name, layer, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, layer in layers.items():
+            vars(layer)["forward"] = seen(name, layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in before.items():
+            vars(layer).pop("forward") if forward is None else vars(layer).update(forward=forward)
 
 
 @contextmanager

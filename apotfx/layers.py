@@ -5,18 +5,21 @@ Both bring an input to levels with `functional.encode`, add up products of integ
 same float, which is why their results are equal in every bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from . import functional as F
 from .engine import EAGER, Eager, quantized_op
 from .errors import ApotfxError
 from .functional import Operand
+from .modules import StandIn, become, float_attributes, is_in_kept_module
 from .operators import (
     BFLOAT16_EXACT,
     Convolution,
@@ -136,7 +139,7 @@ def kind_of_function(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(StandIn):
     """What the quantized layers share. Mixed into a torch layer type, whose parameters and names it keeps.
 
     Attributes:
@@ -149,7 +152,9 @@ class QuantLayer(nn.Module):
         rectifier: the range (low, high) of the activation function before the layer, where the layer has taken over
             its work (see `passes.absorb_rectifiers`); else None.
         rectifies: whether it does that work; not while the network computes the activation function itself.
-        weight_is_read: whether code of a module kept whole reads the float weight besides calling the layer.
+        weight_is_read: whether the code of a module kept whole has read the float weight besides calling the layer.
+        is_walked: whether such code has looked through all parameters, buffers or modules of the layer.
+        is_replaced: whether such code has called it with another weight or bias, as `torch.func.functional_call` does.
         engine: what computes the layer; see `engine.use_engine`.
     """
 
@@ -160,7 +165,12 @@ class QuantLayer(nn.Module):
     rectifier: tuple[float, float] | None = None
     rectifies = True
     weight_is_read = False
+    is_walked = is_replaced = False
     engine: Eager = EAGER
+    own_names = frozenset(
+        ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "is_walked",
+         "is_replaced", "engine", "kind", "float_type", "float_class", "float_state", "own_names")
+    )  # fmt: skip
 
     @classmethod
     def from_float(
@@ -178,38 +188,64 @@ class QuantLayer(nn.Module):
         if float_type_of(layer) is not cls.float_type:
             raise ApotfxError(f"{cls.__name__} replaces {cls.float_type.__name__}, got {type(layer).__name__}")
         quant = cls.__new__(cls)
-        quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(layer).items()}
+        own = {key: value for key, value in vars(layer).items() if key not in cls.own_names}
+        quant.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in own.items()}
         quant.weight_quantizer = weight_quantizer
         quant.input_quantizer = input_quantizer
         quant.clip_grad_factor = clip_grad_factor
-        quant.geometry = Geometry.of(layer)
+        quant.geometry, quant.float_class = Geometry.of(layer), parametrize.type_before_parametrizations(layer)
+        quant.float_state = float_attributes(layer)
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
                 quantizer.train(layer.training)
         return quant
 
     def __getattr__(self, name: str):
-        if name == "weight" and (readers := vars(self).get("_readers")) is not None:
-            readers.add(self)
         return self._parameter(name) if name in ("weight", "bias") else super().__getattr__(name)
+
+    def float_view(self, kind: str) -> dict:
+        if is_in_kept_module():
+            vars(self).update(is_walked=True, weight_is_read=self.weight_is_read or kind == "_parameters")
+        held = vars(self)[kind]
+        return {k: v for k, v in held.items() if k not in _QUANTIZERS} if kind == "_modules" else held
+
+    def float_parameter(self, name: str) -> Tensor | None:
+        if name == "weight" and is_in_kept_module():
+            vars(self)["weight_is_read"] = True
+        return self._parameter(name)
+
+    @property
+    def additions(self) -> list[str]:
+        """The names of what the layer holds besides weight, bias and quantizers, such as a parametrization."""
+        held = (key for kind in ("_parameters", "_buffers", "_modules") for key in vars(self)[kind])
+        return [key for key in held if key not in ("weight", "bias", *_QUANTIZERS)]
 
     def _parameter(self, name: str) -> Tensor | None:
         """The weight or the bias, as the layer itself reads it."""
         if isinstance(self, FunctionalLayer):
             return getattr(self, name)
-        parametrizations = self._modules.get("parametrizations", ())
-        return parametrizations[name]() if name in parametrizations else self._parameters[name]
+        parametrizations = vars(self)["_modules"].get("parametrizations", ())
+        if name in parametrizations:
+            return parametrizations[name]()
+        parameter = vars(self)["_parameters"][name]
+        if is_in_kept_module() and not isinstance(parameter, (nn.Parameter, type(None))):
+            vars(self)["is_replaced"] = True
+        return parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._compute(input, self._parameter("weight"), self._parameter("bias"), self.geometry)
 
     def to_float(self) -> nn.Module:
         """A float layer around the parameters, parametrizations, hooks and mode of this one."""
-        layer = self.float_type.__new__(self.float_type)
-        added = ("weight_quantizer", "input_quantizer")
+        layer = self.float_class.__new__(self.float_class)
         state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(self).items()}
-        state["_modules"] = {key: module for key, module in self._modules.items() if key not in added}
-        layer.__dict__ = {key: value for key, value in state.items() if key not in (*added, *_ADDED)}
+        state["_modules"] = {key: module for key, module in state["_modules"].items() if key not in _QUANTIZERS}
+        user = {key: value for key, value in self.float_state.items() if key in self.own_names}
+        layer.__dict__ = {k: v for k, v in state.items() if k not in (*_QUANTIZERS, *self.own_names)} | user
+        if "parametrizations" in layer._modules:  # for which torch makes a type of its own
+            parametrize._inject_new_class(layer)
+            for name in layer.parametrizations:
+                parametrize._inject_property(layer, name)
         return layer
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -367,6 +403,7 @@ class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
 
 class QuantFunctional(QuantLayer, FunctionalLayer):
     float_type = FunctionalLayer
+    own_names = QuantLayer.own_names - {"kind"}
 
 
 QUANT_LAYERS = {
@@ -398,32 +435,34 @@ def kind_of(layer: nn.Module) -> str:
     return layer.kind if float_type is FunctionalLayer else float_type.__name__
 
 
-_ADDED = ("name", "sign_reason", "clip_grad_factor", "geometry", "rectifier", "rectifies", "weight_is_read", "engine", "_readers")
+_QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
 
 @contextmanager
-def outside_readers(layers: Iterable[QuantLayer]) -> Iterator[set[QuantLayer]]:
-    """While active, gathers those of `layers` whose weight other code than their own reads."""
-    readers: set[QuantLayer] = set()
-    layers = list(layers)
-    for layer in layers:
-        vars(layer)["_readers"] = readers
+def being_float(model: nn.Module) -> Iterator[None]:
+    """While active, the quantized layers of `model` are float layers, of the types that they had in the float model."""
+    states = [(layer, type(layer), vars(layer)) for layer in model.modules() if isinstance(layer, QuantLayer)]
     try:
-        yield readers
+        for layer, _, _ in states:
+            become(layer, layer.to_float())
+        yield
     finally:
-        for layer in layers:
-            del vars(layer)["_readers"]
+        for layer, cls, state in states:
+            layer.__dict__, layer.__class__ = state, cls
 
 
 @contextmanager
 def computing_in_float(model: nn.Module) -> Iterator[None]:
-    """While active, the quantized layers of `model` are float layers."""
+    """While active, the quantized layers of `model` compute what their float layers do, in the same way."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
-    quantizers = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
     try:
         for layer in layers:
-            layer.weight_quantizer = layer.input_quantizer = None
+            vars(layer)["forward"] = functools.partial(_float_forward, layer)
         yield
     finally:
-        for layer, (weight_quantizer, input_quantizer) in zip(layers, quantizers):
-            layer.weight_quantizer, layer.input_quantizer = weight_quantizer, input_quantizer
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _float_forward(layer: QuantLayer, input: Tensor, *args, **kwargs) -> Tensor:
+    return layer.float_type.forward(layer, layer.rectify(input), *args, **kwargs)

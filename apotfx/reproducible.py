@@ -64,16 +64,22 @@ class AttachedBatchNorm(ReproducibleBatchNorm):
 
     Attributes:
         frozen: evaluates in training too.
+        counts: whether the batches are counted.
     """
 
     @classmethod
-    def to(cls, norm: nn.modules.batchnorm._BatchNorm, *, frozen: bool) -> "AttachedBatchNorm":
+    def to(cls, norm: nn.modules.batchnorm._BatchNorm, *, frozen: bool, counts: bool) -> "AttachedBatchNorm":
         """Attached to `norm`, which it takes parameters, buffers and settings from when it computes."""
         attached = next(c for c in _ATTACHED if issubclass(c, next(t for t in BATCH_NORMS if isinstance(norm, t))))
         attached = attached.__new__(attached)
         nn.Module.__init__(attached)
-        vars(attached).update(norm=(norm,), frozen=frozen, training=norm.training)  # in a tuple: it is no submodule
+        attached.__dict__ |= {"norm": (norm,), "frozen": frozen, "counts": counts, "training": norm.training}
         return attached
+
+    @property
+    def num_batches_tracked(self) -> Tensor | None:
+        norm = self.norm[0]  # in a tuple: it is no submodule
+        return norm.num_batches_tracked if self.counts or norm.momentum is None else None
 
     def __getattr__(self, name: str):
         if name.startswith("__") or "norm" not in vars(self):

@@ -117,6 +117,11 @@ def decibels(expected: Tensor, got: Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 and 0 < noise < math.inf else -math.inf
 
 
+def is_rounding(expected: Tensor, got: Tensor) -> bool:
+    """Whether they differ by what float32 leaves of numbers around 1, such as the mean behind a batch norm."""
+    return expected.is_floating_point() and torch.allclose(expected, got, rtol=0, atol=1e-6)
+
+
 def ratios(expected: object, got: object) -> list[tuple[str, float]]:
     pairs = zip(leaves(expected), leaves(got), strict=True)
     return [(path, decibels(e, g)) for (path, e), (_, g) in pairs if isinstance(e, Tensor) and e.is_floating_point()]
@@ -139,6 +144,14 @@ def freeze_batch_norms(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.eval()
+    return model
+
+
+def with_other_values(model: nn.Module) -> nn.Module:
+    """A copy that holds other numbers; an export has those that count."""
+    model = copy.deepcopy(model)
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor + 1)
     return model
 
 
@@ -205,7 +218,7 @@ def without_quantizers(qmodel: nn.Module) -> Iterator[None]:
 POLICY = apotfx.BitPolicy((apotfx.Rule(scheme="uniform", weight_bits=8, activation_bits=8),))
 APOTFX = Library(
     lambda model, **options: apotfx.quantize(model, POLICY, **options),
-    lambda qmodel, inputs: apotfx.calibrate(qmodel, [inputs]),
+    lambda qmodel, inputs: apotfx.calibrate(qmodel, [inputs], method="minmax"),  # the fastest
     without_quantizers,
     apotfx.export_integer,
     apotfx.load_integer,
@@ -216,7 +229,7 @@ _exported: dict[Path, dict[str, Tensor]] = {}
 def _load_copy(path: Path, model: nn.Module, backend: str, **options) -> nn.Module:
     model = copy.deepcopy(model)
     model.load_state_dict(_exported[path])
-    return model
+    return model.requires_grad_(False)
 
 
 COPIES = Library(
@@ -359,7 +372,8 @@ class _Examination:
         for path, ratio in ratios(expected.results, got.results):
             if not ratio >= (needed := least[path] if isinstance(least, dict) else least):
                 raise Wrong(self.stage, f"{path}: {ratio:.1f} dB from the float network, needed {needed:.1f}")
-        if expected.next_random != got.next_random:
+        # How many numbers some functions draw depends on signs, which 8 bits may change.
+        if not isinstance(least, dict) and expected.next_random != got.next_random:
             raise Wrong(self.stage, "draws other random numbers than the float network")
 
     def check_state(self, stage: str, qmodel: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -369,7 +383,7 @@ class _Examination:
             if key not in state:
                 if "attend" not in key and self.uses(key):
                     raise Wrong(stage, f"state: {key}, which the results depend on, is missing")
-            elif decibels(tensor, state[key]) < min(SAME, self.program.same):
+            elif decibels(tensor, state[key]) < min(SAME, self.program.same) and not is_rounding(tensor, state[key]):
                 ratio = decibels(tensor, state[key])
                 raise Wrong(stage, f"state: {key} is {ratio:.1f} dB from that of the float network")
 
@@ -423,15 +437,17 @@ class _Examination:
             self.stage = "export"
             self.library.export(qmodel, path)
             expected = {}
+            qmodel.requires_grad_(False)  # on which torch's own products depend in the last bit
             for inputs in (self.x, self.other):
                 qmodel.load_state_dict(saved)
                 self.stage = "8 bits, other batch" if inputs is self.other else "8 bits"
                 with self.refusable(inputs is self.other):
                     expected[id(inputs)] = Run(qmodel, inputs, 7)
+            model = with_other_values(self.model)
             for backend in BACKENDS:
                 self.stage = f"load {backend}"
                 try:
-                    imodel = self.library.load(path, self.model, backend=backend, **options)
+                    imodel = self.library.load(path, model, backend=backend, **options)
                 except apotfx.ApotfxError as error:
                     if backend == "reference":
                         raise

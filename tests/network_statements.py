@@ -5,7 +5,7 @@ import dataclasses
 SAME = 50.0  # dB; what float32 leaves of a network that is computed in another order
 
 HEADER = '''\
-import collections, contextlib, copy, dataclasses, functools, itertools, math, operator, random
+import collections, contextlib, copy, dataclasses, functools, itertools, logging, math, operator, random, types
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -59,6 +59,67 @@ class Pair(nn.Module):
     def forward(self, x, scale=1.0, *, mask=None):
         y = self.layer(x)
         return (y * scale, x) if mask is None else (y * mask, x)
+
+
+class Typed(nn.Module):
+    """As in transformers: asks itself for its type and place."""
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.scale = layer, 0.5
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+    @property
+    def device(self):
+        return next(self.parameters()).device
+    def is_batch(self, x):
+        return isinstance(x, torch.Tensor) and len(self.layer.weight) == 8
+    def forward(self, x):
+        if not self.is_batch(x):
+            raise ValueError(f"got {x}")
+        x = x.to(self.device, self.dtype)
+        return self.layer(x) * self.scale
+
+
+class Routed(nn.Module):
+    """A mixture of experts."""
+    def __init__(self, *experts):
+        super().__init__()
+        self.experts, self.gate = nn.ModuleList(experts), nn.Linear(8, len(experts))
+    def forward(self, x):
+        flat = x.reshape(-1, 8)
+        score, chosen = self.gate(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(chosen == i)[0]
+            if rows.numel():
+                out.index_add_(0, rows, expert(flat[rows]) * score[rows, None])
+        return out.view(x.shape)
+
+
+class Growing(nn.Module):
+    """A table that grows with its input, as those of rotary embeddings do."""
+    def __init__(self, length=2):
+        super().__init__()
+        self.grow(length)
+    def grow(self, length):
+        self.length = length
+        self.register_buffer("table", torch.cos(torch.arange(length * 1.0)), persistent=False)
+    def forward(self, x):
+        if x.shape[1] > self.length:
+            self.grow(x.shape[1])
+        return x * self.table[: x.shape[1]].view(1, -1, *[1] * (x.dim() - 2))
+
+
+class Walked(nn.Module):
+    """Looks at the layer that it calls, in a way that `look` says."""
+    def __init__(self, layer, look):
+        super().__init__()
+        self.layer, self.look, self.held, self.call = layer, look, [layer], layer.forward
+    def forward(self, x):
+        if x.isnan().any():
+            x = torch.zeros_like(x)
+        return self.layer(torch.relu(x)) * self.look(self)
 
 
 def standardize(w):
@@ -302,6 +363,9 @@ kinds("asks", {
     "is-same": "if $x is $y:\n    $x = $x + 1\nelse:\n    $x = $x - 0.5",
     "f-string": 'key = f"{$x.dtype}"\nif key == "torch.float32":\n    $x = $x * 0.6',
 })  # fmt: skip
+kinds("asks", {  # answered wrongly by a stand-in, which the self-check sees
+    "class": "if $x.__class__ is torch.Tensor:\n    $x = $x * 0.5",
+}, may_refuse=True)
 kinds("asks", {
     "requires_grad": "if $x.requires_grad:\n    $x = $x * 0.6",
     "grad-enabled": "if torch.is_grad_enabled():\n    $x = $x * 0.6",
@@ -538,6 +602,150 @@ kinds("submodule", {
     "same": "u = self.same$i($x)\nu += 0.3",
     "same-ignored": "$y = self.same$i($x, None, 3)\n$y -= 0.3",
 }, "self.same$i = Same()")  # fmt: skip
+LOOKS = {  # at the weights of a layer, by a module that no tracing enters: a factor
+    "named": "1 + sum(p.mean() for _, p in m.layer.named_parameters())",
+    "parameters": "1 + sum(p.abs().mean() for p in m.parameters())",
+    "first": "next(m.parameters()).abs().mean() + 1",
+    "bias": "[*m.layer.parameters()][-1].mean() + 1",
+    "vector": "nn.utils.parameters_to_vector(m.parameters()).norm() / 4",
+    "numel": "sum(p.numel() for p in m.parameters()) / 500",
+    "trainable": "1 + len([p for p in m.parameters() if p.dim() > 1])",
+    "state": "1 + m.layer.state_dict()['weight'].std()",
+    "states": "1 + sum(t.float().mean() for t in m.state_dict().values())",
+    "keys": "1 / len(m.state_dict())",
+    "held": "1 + m.layer._parameters['weight'].mean()",
+    "getattr": "1 + sum(getattr(m.layer, key).mean() for key in ('weight', 'bias') if hasattr(m.layer, key))",
+    "get_parameter": "1 + m.get_parameter('layer.weight').norm()",
+    "children": "1 + sum(c.weight.abs().amax() for c in m.children())",
+    "modules": "1 + sum(c.weight.mean() for c in m.modules() if isinstance(c, (nn.Linear, nn.Conv2d)))",
+    "num-modules": "1 / len(list(m.modules()))",
+    "types": "1 / len({type(c).__mro__[-3] for c in m.children()})",
+    "class": "0.5 if m.layer.__class__.__name__ in ('Linear', 'Conv2d') else 2.0",
+    "is": "0.5 if isinstance(m.layer, (nn.Linear, nn.Conv2d)) else 2.0",
+    "data": "1 + m.layer.weight.data.mean()",
+    "detach": "1 + m.layer.weight.detach().flatten()[3]",
+    "norm": "m.layer.weight.norm(dim=1).mean()",
+    "requires_grad": "1 + m.layer.weight.clone().mean()",
+    "numpy": "1 + float(m.layer.weight.detach().numpy().mean())",
+    "item": "1 + m.layer.weight.flatten()[0].item()",
+    "isfinite": "1.0 if m.layer.weight.isfinite().all() else 0.0",
+    "sign": "(m.layer.weight > 0).float().mean()",
+    "copy": "1 + copy.deepcopy(m.layer).weight.mean()",
+    "apply": "(seen := [], m.apply(lambda c: seen.append(c.weight.mean() if hasattr(c, 'weight') else 1)), sum(seen))[2]",
+    "settings": "0.1 * (getattr(m.layer, 'in_features', None) or m.layer.in_channels)",
+    "repr": "1 / len(str(m.layer.extra_repr()))",
+    "shape": "m.layer.weight.shape[0] / 16",
+    "dtype": "torch.ones((), dtype=m.layer.weight.dtype, device=m.layer.weight.device)",
+}
+for name, look in LOOKS.items():
+    kinds("look", {name: "$x = self.walked$i($x)"}, f"self.walked$i = Walked($layer, lambda m: {look})")
+UNTRACED = "if $x.isnan().any():\n    $x = $y\n"
+kinds("look", {name: UNTRACED + body for name, body in {
+    "call-copy": "$x = copy.deepcopy(self.b)($x) + self.b($y)",
+    "call-method": "$x = self.b.forward(input=$x)",
+    "call-class": "$x = self.b.__call__($x) + nn.Module.__call__(self.c, $y)",
+    "call-partial": "$x = functools.partial(self.b)($x)",
+    "call-sequential": "$x = nn.Sequential(self.b, nn.ReLU())($x)",
+}.items()})  # fmt: skip
+kinds("look", {name: UNTRACED + body for name, body in {
+    "call-held": "for layer in self.walked$i.held:\n    $x = $x + layer($x)",
+    "call-bound": "$x = $x + self.walked$i.layer($y) + self.walked$i.call($x)",
+}.items()}, "self.walked$i = Walked($layer, None)")  # fmt: skip
+kinds("look", {name: UNTRACED + body for name, body in {
+    "call-function": "$x = torch.func.functional_call(self.b, {k: 0.5 * v for k, v in self.b.named_parameters()}, ($x,))",
+    "type-is": "$x = $x * (0.5 if type(self.b) in (nn.Linear, nn.Conv2d) else 2.0) + self.b($y)",
+}.items()}, may_refuse=True)  # fmt: skip
+kinds(
+    "look",
+    {"normed": f"{UNTRACED}$x = self.normed$i($y) * sum(t.mean() for t in self.normed$i.state_dict().values())"},
+    "self.normed$i = nn.utils.parametrizations.weight_norm($layer)",
+    may_refuse=True,
+)
+kinds("submodule", {
+    "typed": "$x = self.typed$i($x)",
+    "typed-property": "$x = self.typed$i($x.to(self.typed$i.dtype)).to(self.typed$i.device)",
+}, "self.typed$i = Typed($layer)")  # fmt: skip
+kinds("submodule", {"growing": "$x = self.growing$i($x)"}, "self.growing$i = Growing()")
+kinds("submodule", {"growing-deep": "$x = self.growing$i($x)"}, "self.growing$i = nn.Sequential($layer, Growing(3))")
+kinds(
+    "submodule",
+    {"routed": "$x = self.routed$i($x)"},
+    "self.routed$i = Routed(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))",
+    "sequences",
+    may_refuse=True,  # an expert may get nothing
+)
+kinds(
+    "submodule",
+    {
+        "config": "$x = $x * self.config$i.scale\nif self.config$i.use_bias:\n    $x = $x + 0.1",
+        "table": "$x = self.config$i.functions[self.config$i.kind]($x)",
+    },
+    "self.config$i = types.SimpleNamespace(scale=0.5, use_bias=True, kind='gelu', functions={'relu': F.relu, "
+    "'gelu': F.gelu})",
+)
+kinds(
+    "submodule",
+    {"table-asks": "$x = self.table$i['asks']($x)"},
+    "self.table$i = {'asks': lambda t: 0.5 * t if isinstance(t, torch.Tensor) else 2 * t}",
+    may_refuse=True,  # code that nothing is done to gets the answer of a stand-in, which the self-check sees
+)
+kinds(
+    "submodule",
+    {
+        "list-of-pairs": "for name, layer, scale in self.steps$i:\n    $x = $x + scale * layer(torch.relu($x))",
+    },
+    "self.one$i, self.two$i = $layer, $layer\nself.steps$i = [('one', self.one$i, 0.5), ('two', self.two$i, 0.7)]",
+)
+kinds(
+    "recurrent",
+    {"gru": "$x = self.gru$i($x)[0]", "gru-state": "out, h = self.gru$i($x)\n$x = out + h.transpose(0, 1)"},
+    "self.gru$i = nn.GRU(8, 8, batch_first=True)",
+    domains="sequences",
+)
+kinds(
+    "attention",
+    {"encoder": "$x = self.attend_layer$i($x)"},
+    "self.attend_layer$i = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)",
+    "sequences",
+)
+kinds("asks", {
+    "match": "match $x:\n    case torch.Tensor():\n        $x = $x * 0.5\n    case _:\n        $x = $x[0]",
+    "in-dict": "$x = {'a': lambda t: t * (0.5 if isinstance(t, torch.Tensor) else 2)}['a']($x)",
+    "in-list": "for f in [lambda t: t * (0.5 if torch.is_tensor(t) else 2), torch.tanh]:\n    $x = f($x)",
+    "log": 'logging.getLogger("net").debug(f"shape {$x.shape}")\n$x = $x * 0.5',
+    "finfo": "$x = $x.clamp(min=torch.finfo($x.dtype).min / 2, max=1.5)",
+    "generator": "def parts(t):\n    for i in range(2):\n        yield t * (i + 0.5)\n$x = sum(parts($x))",
+    "finally": "try:\n    $x = self.b($x)\nfinally:\n    $y = $y * 0.5",
+    "recursion": "def deep(t, n):\n    return t if n == 0 else deep(torch.tanh(t), n - 1)\n$x = deep($x, 2)",
+    "sorted": "$x, $y = sorted([$x, $y], key=lambda t: t.dim())",
+    "star": "first, *others = [$x, $y, $z]\n$x = first + 0.5 * others[-1]",
+    "chain": "$x = sum(itertools.chain([$x], [0.5 * $y]))",
+    "getattr-function": '$x = getattr(F, "relu")($x) + getattr($x, "abs")()',
+})  # fmt: skip
+kinds("mask", {
+    "causal": "t = $x.shape[1]\nmask = torch.full((t, t), torch.finfo($x.dtype).min).triu(1)\n"
+        "w = $x.flatten(2) @ $x.flatten(2).mT\n$x = $x * (w + mask).softmax(-1).mean(-1).view($x.shape[0], t, *[1] * ($x.dim() - 2))",
+    "topk": "index = $x.topk(2, 1).indices\n$x = $x + $x.gather(1, index).mean(1, keepdim=True)",
+    "argsort": "$x = $x.gather(1, $y.detach().argsort(dim=1, stable=True) * 0 + 1)",
+    "where-mask": "keep = torch.arange($x.shape[1]) < 3\n$x = torch.where(keep.view(1, -1, *[1] * ($x.dim() - 2)), $x, torch.zeros_like($x))",
+    "cumprod": "$x = $x * torch.linspace(0.5, 1, $x.shape[1]).cumprod(0).view(1, -1, *[1] * ($x.dim() - 2))",
+    "meshgrid": "i, j = torch.meshgrid(torch.arange($x.shape[-1]), torch.arange($x.shape[-2]), indexing='xy')\n"
+        "$x = $x + 0.01 * (i + j)",
+    "one_hot": "$x = $x + F.one_hot(torch.arange($x.shape[-1]) % 3, 3).float().sum(-1)",
+})  # fmt: skip
+kinds("head", {
+    "levels": "outs = []\nfor scale in (1, 2):\n    t = F.avg_pool2d($x, scale)\n    outs.append(self.b(t).flatten(2))\n"
+        "$x = $x * torch.cat(outs, 2).mean(2)[..., None, None]",
+    "pyramid": "t = F.max_pool2d($x, 2)\n$x = $x + F.interpolate(self.b(t), size=$x.shape[-2:], mode='nearest')",
+    "permute": "n, c, h, w = $x.shape\nt = self.b($x).view(n, 2, c // 2, h, w).permute(0, 1, 3, 4, 2).contiguous()\n"
+        "t[..., 0:2] = t[..., 0:2].sigmoid() * 2 - 0.5\n$x = t.permute(0, 1, 4, 2, 3).reshape(n, c, h, w)",
+    "exp": "t = self.b($x)\nt[:, 2:4].clamp_(max=1.0).exp_()\n$x = 0.3 * t",
+}, domains="images")  # fmt: skip
+kinds(
+    "head",
+    {"scale": "$x = self.scale$i * self.b($x)\n$y = self.scale$i[0] * $y"},
+    "self.scale$i = nn.Parameter(torch.tensor([0.7]))",
+)
 kinds(
     "submodule",
     {"hook": "$x = self.hooked$i($x)"},
@@ -684,7 +892,7 @@ SMOOTH = {  # pure functions that keep the shape, for what is said of signs and 
     "threshold-negative": "F.threshold($x, -0.1, -0.1)", "hardtanh": "F.hardtanh($x, 0.1, 2)",
     "maximum": "torch.maximum($x, $y)", "maximum-0": "torch.maximum($x, torch.zeros(()))",
     "minimum": "torch.minimum(torch.relu($x), $y)", "where": "torch.where($x > 0, $x, 0.1 * $y)",
-    "where-relu": "torch.where($y > 0, torch.relu($x), 0 * $x)",
+    "where-relu": "torch.where($x > -0.1, torch.relu($x), 0 * $y)",
     "cat": "torch.cat([torch.relu($x)[:, :4], $y[:, 4:]], 1)", "flip": "$x.flip(1)", "roll": "$x.roll(1, -1)",
     "index": "$x[:, [1, 0] * ($x.shape[1] // 2)]",
     "index_select": "$x.index_select(1, torch.arange($x.shape[1]).flip(0))",

@@ -216,3 +216,37 @@ def test_another_functional_call_is_refused(name, tmp_path):
     load_integer(path, Call(CALLS["linear"]))
     with pytest.raises(ApotfxError, match="pass the float model that was exported"):
         load_integer(path, Call(CALLS[name]))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a method that forward reaches, and has a setting."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.layer, self.calls, self.size, self.scale = nn.Linear(4, 4), 0, None, scale
+
+    def count(self, x):
+        self.calls += 1
+        measure(self, x)
+
+    def set_scale(self, scale):
+        self.scale = scale
+
+    def forward(self, x):
+        self.count(x)
+        return self.layer(x) * self.scale
+
+
+def measure(module, x):
+    module.size = x.shape[-1]
+
+
+def test_what_runs_leave_in_attributes_is_no_setting(tmp_path):
+    x, model = torch.randn(3, 4), Counting()
+    qmodel = calibrate(quantize(model, BitPolicy.default(8)), [x]).eval()
+    expected = qmodel(x), qmodel(x)[0]
+    path = export_integer(qmodel, tmp_path / "export")
+    model(x)
+    assert torch.equal(load_integer(path, model)(x), expected[0])
+    with pytest.raises(ApotfxError, match="or with other settings"):
+        load_integer(path, Counting(scale=2.0))

@@ -265,6 +265,55 @@ def test_layers_of_a_leaf_that_no_batch_reaches_are_left_to_training():
     assert not extra.needs_data()
 
 
+class Growing(nn.Module):
+    """Holds a table that grows with its input, tensors without memory of their own, and what a run leaves behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.length, self.seen, self.last = nn.Linear(3, 3), 2, [], None
+        self.register_buffer("table", torch.arange(2.0))
+        self.register_buffer("expanded", torch.tensor(0.5).expand(3))
+        self.register_buffer("row", torch.arange(3.0)[None].expand(2, -1))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if len(x) > self.length:
+            self.length = len(x)
+            self.register_buffer("table", torch.arange(self.length * 1.0))
+        self.seen.append(len(x))
+        self.last = x
+        self.mean.lerp_(x.detach().mean(0), 0.5)
+        return self.fc(x + self.table[: len(x), None] + self.expanded + self.row[0]) - self.mean
+
+
+def test_what_a_run_changes_is_put_back():
+    model = nn.Sequential(nn.Linear(3, 3), Growing())
+    qmodel = quantize(model, BitPolicy((Rule(),))).eval()
+    growing, before = qmodel.get_submodule("1"), state(qmodel)
+    calibrate(qmodel, [torch.randn(n, 3) for n in (2, 4, 7)])
+    assert all(torch.equal(t, before[name]) for name, t in qmodel.state_dict().items() if not name.endswith("clip"))
+    assert (growing.length, growing.seen, growing.last, growing.table.shape) == (2, [], None, (2,))
+    assert qmodel(torch.randn(7, 3)).isfinite().all() and growing.seen == [7]
+
+
+class Direct(nn.Module):
+    """Cannot be traced, and calls the forward of its layer, not the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.fc.forward(input=x) if x.isfinite().all() else x
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
+def test_a_layer_is_seen_however_it_is_called(method):
+    qmodel = quantize(nn.Sequential(nn.Linear(3, 3), Direct()), BitPolicy((Rule(),))).eval()
+    calibrate(qmodel, [torch.randn(4, 3)], method=method)
+    assert uncalibrated(qmodel) == [] and "forward" not in vars(qmodel.get_submodule("1.fc"))
+
+
 @pytest.mark.parametrize(
     "net, shape, message",
     [

@@ -308,6 +308,22 @@ def test_batch_norm_as_the_only_consumer(after, expected):
     assert facts_of(Twice(after))["layer"].feeds_batch_norm is expected
 
 
+@pytest.mark.parametrize("between, expected", [
+    (lambda x: x.float(), True), (lambda x: x.to(torch.float32).contiguous(), True), (lambda x: x.abs().float(), False),
+    (lambda x: (y := x.float()) * y.mean(), False),
+], ids=["float", "to", "abs", "two consumers"])  # fmt: skip
+def test_a_batch_norm_behind_another_type(between, expected):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(between(self.layer(x)))
+
+    assert facts_of(Between())["layer"].feeds_batch_norm is expected
+
+
 @pytest.mark.parametrize("batch_norm, expected", [
     (nn.BatchNorm1d(2), True), (nn.SyncBatchNorm(2), True), (nn.LayerNorm(2), False),
     (nn.InstanceNorm1d(2), False),

@@ -69,7 +69,7 @@ WRITES = {
     "as_strided": "torch.as_strided(y, (4,), (7,), 1).zero_()\nreturn self.b(y)",
     "unfold": "y.unfold(2, 2, 2)[..., 0] = 0.3\nreturn self.b(y)",
     "expanded-reader": "t = y[:, :1]\ne = t.expand(-1, 4, -1, -1)\nt += 1\nreturn self.b(e)",
-    "chunk-unpacked": "t, u = y.data.chunk(2, 1)\nt += u\nreturn self.b(y)",
+    "chunk-unpacked": "t, u = y.detach().chunk(2, 1)\nt += u\nreturn self.b(y)",
     "permute-reshape": "y.permute(0, 2, 3, 1).reshape(3, 25, 4)[:, 0] = 1\nreturn self.b(y)",
     "copy-is-no-view": "t = y.transpose(1, 2).reshape(3, -1)\nt *= 3\nreturn self.b(y) + t.mean()",
     "clone": "t = y.clone()\nt += 1\nreturn self.b(y) + t",
@@ -172,8 +172,7 @@ def test_what_cannot_be_resolved_is_kept_whole(body, reason, training):
 
 # What is hidden from autograd.
 HIDDEN = {
-    "data": "y.data.clamp_(-0.2, 0.2)\nreturn self.b(y)",
-    "data-of-a-view": "y[:, :2].data.mul_(0.5)\nt = y[:, 1:]\nt += 1\nreturn self.b(y)",
+    "detach-of-a-view": "y[:, :2].detach().mul_(0.5)\nt = y[:, 1:]\nt += 1\nreturn self.b(y)",
     "detach": "y.detach()[:, 0] = 0\nreturn self.b(y)",
     "read-detached": "t = y.detach()\ny *= 2\nreturn self.b(y) + t",
     "both": "u = y.detach()\nu[:, :2] = 0.5\ny[:, 1:] *= 2\nv = u + 1\nu += 1\nreturn self.b(y) + u + v",
@@ -222,3 +221,22 @@ def test_see_leaves_what_shares_no_memory_and_looks_into_containers():
     assert first.tolist() == [0, 0, 0, 0] and second is other and third.tolist() == [0, 0]
     with pytest.raises(ApotfxError, match=r"a torch.float32 tensor is written in place and read as torch.int32; use a copy"):
         see(x.view(torch.int32), x, stored)
+
+
+@pytest.mark.parametrize("body", [
+    "u = y.data\nu.relu_()\nreturn self.b(y)", "y[:, 1].data.mul_(2)\nreturn self.b(y)", "self.act(y.data)\nreturn y",
+])  # fmt: skip
+def test_what_is_written_unseen_by_autograd_is_kept_whole(body):
+    """The gradient of what was computed before depends on it."""
+    assert "through the data of a tensor" in traced(network(body))[1][""]
+
+
+@pytest.mark.parametrize("body", [
+    "y.unsqueeze_(0).mul_(2)\nreturn y.squeeze(0)",
+    "t = y[:]\nt.transpose_(1, 2)\nt += 1\nreturn self.b(t.transpose(1, 2)) + y",
+    "t = y[:1].squeeze_(0)\nreturn t.swapaxes_(0, 1).relu_() + 1 + y.mean()",
+])  # fmt: skip
+def test_a_tensor_that_is_reshaped_in_place_is_a_view(body):
+    model = network(body)
+    got, leaves = traced(model)
+    assert leaves == {} and torch.equal(got(images()), model(images()))

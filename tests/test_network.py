@@ -118,3 +118,35 @@ def test_names_that_make_no_code_are_refused(name):
     model.add_module(name, nn.Linear(8, 8))
     with pytest.raises(ApotfxError, match="torch.fx cannot write .* as code; rename it"):
         quantize(model, POLICY)
+
+
+@pytest.mark.parametrize("look", ["hook", "hook on a layer", "module"])
+def test_a_compiled_network_sees_who_looked_before_its_first_call(qmodel, look):
+    x, seen = torch.randn(16, 8), []
+    expected, network = qmodel(x), copy.deepcopy(qmodel)
+    if look == "module":
+        network.last = Adapted(network.get_submodule("last"))
+        seen = network.last.seen
+    elif look == "hook":
+        network.act.register_forward_hook(lambda m, args, y: seen.append(y.min().item()))
+    else:
+        network.last.register_forward_pre_hook(lambda m, args: seen.append(args[0].min().item()))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(network, backend="eager")(x), expected)
+    assert set(seen) == {0.0}
+
+
+def test_tensors_that_are_plain_attributes_are_read():
+    class Shifted(Net):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.full((8,), 0.5)
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    model, x = Shifted().eval(), torch.randn(16, 8)
+    qmodel = calibrate(quantize(model, BitPolicy.default(8)), [x])
+    for network in (qmodel, copy.deepcopy(qmodel)):
+        assert (network(x) - model(x)).norm() < 0.1 * model(x).norm()

@@ -221,3 +221,37 @@ def test_nothing_of_the_process_changes():
     assert before == ([getattr(builtins, name) for name in names], dict(vars(helpers)), nested.__globals__["torch"], TF.relu)
     assert forwards == [vars(cls).get("forward") for cls in (Base, Mixed, Decorated, Helped, nn.Linear)]
     assert [dict(vars(m)) for m in model.modules()] == state
+
+
+class Matching(Base):
+    def ask(self, y):
+        match y:
+            case Tensor():
+                return y - 0.25
+        return y
+
+
+def test_what_is_matched_with_classes_keeps_the_module_whole():
+    model, x = Matching(), torch.randn(3, 4)
+    network = trace(copy.deepcopy(model))
+    assert "matches values with classes" in record_of(network)["leaves"][""] and torch.equal(network(x), model(x))
+
+
+class Keyed(Base):
+    def __init__(self):
+        super().__init__()
+        self.leaf = Undecided()
+
+    def ask(self, y):
+        return y * {"torch.float32": 0.5}.get(f"{self.leaf(y).dtype}", 1)
+
+
+class Undecided(nn.Module):
+    def forward(self, x):
+        return x if x.sum() < 1e9 else -x
+
+
+def test_the_text_of_what_is_not_known_keeps_the_module_whole():
+    model, x = Keyed(), torch.randn(3, 4)
+    assert torch.equal(trace(copy.deepcopy(model))(x), model(x))
+    assert "asks for the text of" in record_of(trace(model))["leaves"][""]

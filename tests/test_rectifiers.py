@@ -215,3 +215,53 @@ def test_an_export_with_another_rectifier_is_refused(tmp_path):
     for other in (nn.ReLU(), nn.Sigmoid(), nn.Hardtanh(0, 1)):
         with pytest.raises(ApotfxError, match="export"):
             load_integer(path, Acting(other))
+
+
+@pytest.mark.parametrize("write", [
+    lambda x: x.clamp_(min=0), lambda x: x[:, 1:].mul_(2), lambda x: x.view(-1).add_(1), lambda x: TF.silu(x, inplace=True),
+], ids=["clamp_", "slice", "view", "function"])  # fmt: skip
+def test_an_input_that_is_written_afterwards_is_kept_for_the_backward_pass(write):
+    """ReLU keeps its result, the layer that takes over its work its input."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            x = self.first(inputs)
+            out = self.second(torch.relu(x))
+            write(x)
+            return out, x
+
+    model, inputs = Writing(), torch.randn(6, 4)
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(scheme="uniform", weight_bits=8, activation_bits=8),))), [inputs])
+    for network in (model, qmodel):
+        network.train()(inputs)[0].square().sum().backward()
+    expected, got = (network.get_submodule("first").weight.grad for network in (model, qmodel))
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("layer", [
+    lambda m, y: TF.linear(y, torch.eye(4)), lambda m, y: m.frozen(y), lambda m, y: y @ torch.eye(4),
+], ids=["constant", "frozen", "product"])  # fmt: skip
+def test_an_input_that_only_the_quantized_layer_keeps_may_be_written(layer):
+    """A float layer whose weight has no gradient does not keep its input."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, inputs):
+            y = self.first(inputs)
+            z = layer(self, y)
+            y.mul_(2)
+            return z + y
+
+    model, inputs = Writing(), torch.randn(6, 4)
+    qmodel = calibrate(quantize(model, BitPolicy((Rule(scheme="uniform", weight_bits=8, activation_bits=8),))), [inputs])
+    for network in (model, qmodel):
+        network.train()(inputs).square().sum().backward()
+    expected, got = (network.get_submodule("first").weight.grad for network in (model, qmodel))
+    assert (got - expected).norm() < 0.05 * expected.norm()

@@ -83,3 +83,22 @@ def test_it_can_be_left_out(wrong, inputs):
     qmodel = quantize(Net(), POLICY, example_inputs=inputs, self_check=False)
     calibrate(qmodel, [inputs])
     assert record_of(qmodel)["leaves"] == {} and qmodel.train()(inputs)["out"][0].isfinite().all()
+
+
+class Counting(nn.Module):
+    """Kept whole, with a buffer that each run changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def forward(self, x):
+        self.count += 1
+        return self.fc(x) * self.count if x.sum() < 1e9 else x
+
+
+def test_both_run_from_the_same_state():
+    qmodel, x = quantize(nn.Sequential(nn.Linear(4, 4), Counting()), POLICY), torch.randn(5, 4)
+    calibrate(qmodel, [x])
+    assert record_of(qmodel)["leaves"].keys() == {"1"} and qmodel.get_submodule("1").count == 0

@@ -534,3 +534,33 @@ def test_weights_of_other_types_stay_with_a_reason():
     }  # fmt: skip
     with pytest.raises(ApotfxError, match="has no layer that can be quantized .0: its weight is complex64"):
         quantize(nn.Sequential(nn.Linear(6, 6, dtype=torch.complex64)), BitPolicy((Rule(name="0"),)))
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.length = nn.Linear(6, 6), 1
+        self.register_buffer("table", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        if x.shape[0] > self.length:
+            self.length, self.table = len(x), torch.arange(len(x) * 1.0)
+        return self.fc(x * self.table[: len(x), None])
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.growing, self.last = nn.Linear(6, 6), Growing(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.growing(self.first(x))
+        return self.last(y) if y.shape[-1] == 6 else y
+
+
+def test_shapes_are_asked_for_without_a_trace_on_the_modules():
+    model, x = Branching(), torch.randn(4, 6)
+    network = trace(copy.deepcopy(model), example_inputs=x)
+    growing = network.get_submodule("growing")
+    assert record_of(network)["leaves"].keys() == {"growing"} and (growing.length, growing.table.shape) == (1, (1,))
+    assert torch.equal(network(x), model(x))

@@ -404,7 +404,16 @@ def _reached(nodes: Iterator[fx.Node], sources: set[fx.Node], neighbours) -> dic
 
 
 def _feeds_batch_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a batch norm is the only consumer of `node`, or of what is the same but for its type."""
+    while len(node.users) == 1 and _passes_on(user := next(iter(node.users)), modules):
+        node = user
     return batch_norm_after(node, modules) is not None
+
+
+def _passes_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[node.target]) is nn.Identity
+    return node.op == "call_method" and node.target in ("float", "double", "half", "bfloat16", "to", "type_as", "contiguous")
 
 
 def batch_norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from apotfx.errors import ApotfxError
+from apotfx.graph.facts import FUNCTIONAL_LAYERS, PRODUCTS
 from apotfx.graph.operations import returns_fresh, torch_name, writes
 from apotfx.graph.tracing import owner
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "is_floating_point", "requires_grad"}
 NO_TENSORS = {bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout}
+RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+LAYERS = FUNCTIONAL_LAYERS | PRODUCTS
 COMPLEX_VIEWS = {"real", "imag", "view_as_real", "view_as_complex"}
 
 
@@ -33,20 +36,27 @@ def functionalize(
     """
     memory: dict[fx.Node, set[fx.Node]] = {}  # what a value may share memory with goes back to one of the same nodes
     position: dict[fx.Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+    saved: set[fx.Node] = set()  # what lies in the same memory as they is kept for the backward pass
 
     def readers(value: fx.Node, write: fx.Node) -> list[fx.Node]:
         return [u for u in value.users if position[u] > position[write] and not asks_for_metadata(u)]
 
     for node in list(graph.nodes):
-        memory[node] = {node}
-        if not returns_fresh(node, modules) and node.meta.get("type") not in NO_TENSORS:
-            memory[node] = memory[node].union(*(memory[x] for x in node.all_input_nodes))
+        memory[node] = _memory(node, memory, modules)
+        if _is_layer(node, modules):
+            saved.update(*(memory[x] for x in node.all_input_nodes))
         written = writes(node, modules)
         if not written:
             continue
         if len(written) > 1:
             return {owner(node): f"its forward writes to several tensors at once ({node.name})"}
         (target,) = written
+        if node.op == "call_method" and node.target in RESHAPING:  # the same memory, and no value is written
+            node.target = node.target.removesuffix("_")
+            memory[node] = memory[node] | memory[target]
+            for user in readers(target, node):
+                user.replace_input_with(target, node)
+            continue
         sharing = [n for n in memory if n not in (node, target) and memory[n] & memory[target] and readers(n, node)]
         sources = {n for n in memory[target] if n.op in ("get_attr", "placeholder")}
         states = [n.target for n in sources if n.op == "get_attr" and n.target not in constants]
@@ -54,11 +64,14 @@ def functionalize(
             return {owner(node): f"its forward changes its buffer {states[0].rpartition('.')[2]}, which tracing would do once"}
         if any(_name(n) in COMPLEX_VIEWS for value in (*sharing, target) for n in memory[value]):
             return {owner(node): f"its forward writes to a part of a complex tensor ({node.name})"}
+        if any(_name(n) == "data" for n in memory[target]):  # what is saved for the backward pass changes too
+            return {owner(node): f"its forward writes through the data of a tensor ({node.name}), unseen by autograd"}
         inputs = [n.name for n in sources if n.op == "placeholder"]
         if sharing and inputs:
             return {owner(node): f"its forward writes to the input {min(inputs)}, which it also reads"}
         later = {value: readers(value, node) for value in (*sharing, target, node)}
-        if sharing or sources and not inputs:  # an input is the caller's, who sees what is written to it
+        # An input is the caller's, who sees what is written to it.
+        if sharing or sources and not inputs or not (inputs or saved.isdisjoint(memory[target])):
             with graph.inserting_before(node):
                 copied = graph.call_method("clone", (target,))
             node.replace_input_with(target, copied)
@@ -82,6 +95,34 @@ def functionalize(
                 graph.erase_node(seen)
                 del memory[seen]
     return {}
+
+
+def written_after(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, list[fx.Node]]:
+    """Per node, those behind it that write to memory which its value may lie in."""
+    memory: dict[fx.Node, set[fx.Node]] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        memory[node], found[node] = _memory(node, memory, modules), []
+        for target in writes(node, modules):
+            for value in memory:
+                found[value] += [node] * (value is not node and not memory[value].isdisjoint(memory[target]))
+    return found
+
+
+def _is_layer(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node calls what is quantized: as such it keeps its input, whatever the float layer does."""
+    if node.op == "call_module":
+        return next(modules[node.target].parameters(), None) is not None
+    return torch_name(node) in LAYERS
+
+
+def _memory(
+    node: fx.Node, memory: Mapping[fx.Node, set[fx.Node]], modules: Mapping[str, nn.Module]
+) -> set[fx.Node]:
+    """The nodes that what a node's value may share memory with goes back to, itself among them."""
+    if returns_fresh(node, modules) or node.meta.get("type") in NO_TENSORS:
+        return {node}
+    return {node}.union(*(memory[x] for x in node.all_input_nodes))
 
 
 def store(written: Tensor, value: Tensor) -> Tensor:
@@ -112,7 +153,7 @@ def _root(x: Tensor) -> Tensor:
 
 
 class _Unnoticed(torch.autograd.Function):
-    """x after a write that autograd does not know of, through `detach` or `data`: differentiated as if there was none."""
+    """x after a write that autograd does not know of, through `detach`: differentiated as if there was none."""
 
     @staticmethod
     def forward(ctx, x: Tensor, seen: list[Tensor]) -> Tensor:

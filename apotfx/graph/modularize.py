@@ -41,7 +41,8 @@ def norms_as_modules(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if paths != own or type(training) is not bool or not settings or isinstance(given["training"], bool) and training:
             continue
         name = new_name(modules, path, "batch_norm")
-        modules[name] = AttachedBatchNorm.to(norm, frozen=not training)
+        counts = f"{path}.num_batches_tracked" in node.meta["counted"]
+        modules[name] = AttachedBatchNorm.to(norm, frozen=not training, counts=counts)
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.call_module(name, (given["input"],)))
         graph.erase_node(node)

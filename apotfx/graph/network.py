@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 
 import torch
@@ -16,7 +17,7 @@ from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
 from apotfx.graph.tracing import HOOKS, trace_graph, with_fixed
 from apotfx.layers import FunctionalLayer
-from apotfx.modules import attribute, has_hooks
+from apotfx.modules import attribute, has_hooks, looked_at_as_float
 from apotfx.reproducible import AttachedBatchNorm
 
 _RECORD = "_apotfx"
@@ -51,25 +52,28 @@ class Network(fx.GraphModule):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
         vars(self).update({key: vars(original)[key] for key in shared}, original=original)
         vars(self).update({key: vars(original)[key].copy() for key in HOOKS})
+        vars(self).update({key: value for key, value in vars(original).items() if isinstance(value, Tensor)})
         vars(self).update(two_paths=tuple(two_paths), fixed=dict(fixed))
         vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None, _after=None)
         self.graph = graph
 
     def recompile(self) -> fx.graph.PythonCode:
-        """As torch's; before the generated code runs, `_prepare` chooses it."""
+        """As torch's; before the generated code runs, `_choose` says whether it does."""
         code, cls = super().recompile(), type(self)
         generated = cls.forward
 
         @functools.wraps(generated)
         def forward(self, *args, **kwargs):
             as_written, compiling = self.is_as_written, torch.compiler.is_compiling()
+            absorbing = self._choose(as_written)
             if not compiling:
-                self._prepare(as_written, args, kwargs)
+                self._require_same(args, kwargs)
             if as_written:
                 args, kwargs = with_fixed(self.original, args, kwargs, self.fixed)
-                output = self.original.forward(*args, **kwargs)
+                with nullcontext() if compiling else looked_at_as_float():
+                    output = self.original.forward(*args, **kwargs)
             else:
-                output = (generated if self._absorbing else self._visible)(self, *args, **kwargs)
+                output = (generated if absorbing else self._visible)(self, *args, **kwargs)
             if self._after is not None and not compiling:
                 self._after(self, args, output)
             return output
@@ -82,7 +86,11 @@ class Network(fx.GraphModule):
         """Whether the forward of `original` runs in place of the graph."""
         return any(self.get_submodule(path).training for path in self.two_paths)
 
-    def _prepare(self, as_written: bool, args: tuple, kwargs: dict) -> None:
+    def _choose(self, as_written: bool) -> bool:
+        """Whether layers compute the activation functions that they have absorbed, for which they are prepared.
+
+        Compiled code keeps the answer that it was compiled with.
+        """
         seen = as_written or any(getattr(nn.modules.module, hooks) for hooks in GLOBAL_HOOKS)
         absorbing = not seen and all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
         if absorbing != self._absorbing:
@@ -92,6 +100,11 @@ class Network(fx.GraphModule):
                     module.rectifies = absorbing
         if not absorbing and not as_written and self._visible is None:
             vars(self)["_visible"] = _generate(self._with_activations())
+        return absorbing
+
+    _choose._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
+
+    def _require_same(self, args: tuple, kwargs: dict) -> None:
         if self.meta.get("unchecked") and self.training and torch.is_grad_enabled() and not is_traced():
             from apotfx.graph.selfcheck import require_same  # which needs networks
 

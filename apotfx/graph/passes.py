@@ -10,15 +10,16 @@ from torch import Tensor, fx, nn
 
 from apotfx import reproducible
 from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
-from apotfx.attention import split_attention
+from apotfx.attention import MultiheadAttention, split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
 from apotfx.layers import QUANT_LAYERS, FunctionalLayer, Geometry, QuantLayer, float_type_of
+from apotfx.graph.functional import written_after
 from apotfx.graph.modularize import layers_as_modules
 from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
 from apotfx.graph.selfcheck import difference
 from apotfx.graph.tracing import TWO_PATHS, bind
-from apotfx.modules import attribute, has_hooks, replace_modules
+from apotfx.modules import attribute, become, disguise, has_hooks, look_at_as_float, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
 from apotfx.state import synchronize_clips
@@ -58,7 +59,7 @@ class Prepared:
     ):
         require_traceable(model)
         kept: dict[str, str] = {}
-        self.unchecked = self_check
+        self.self_check = self.unchecked = self_check
         while True:
             self.copied = copy.deepcopy(model)
             self._attention = split_attention(self.copied)
@@ -133,6 +134,8 @@ class Prepared:
         for name, layer in layers.items():
             layer.rectifier = rectifiers.get(name)
         swap_layers(self.model, layers)
+        # The code around layers inside modules kept whole may tell them from float ones.
+        self.unchecked |= look_at_layers_as_float(self.model, layers) and self.self_check
         if isinstance(self.model, Network):
             self.model.watch()
         return rectifiers
@@ -285,12 +288,12 @@ def quantize(
             raise ApotfxError(
                 f"model: {name} is on the meta device, which holds no values; only plan() takes such a model"
             )
-    qmodel = prepared.model
+    qmodel, traced_alike = prepared.model, not prepared.unchecked
     layers = _quantized_layers(prepared, resolved)
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
     synchronize_clips(qmodel)
-    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked)
+    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, traced_alike=traced_alike)
     return qmodel
 
 
@@ -305,7 +308,7 @@ def leave_in_float(qmodel: nn.Module, reasons: Mapping[str, str]) -> None:
     Args:
         reasons: why, by name of the layer.
     """
-    replace_modules(qmodel, {qmodel.get_submodule(name): qmodel.get_submodule(name).to_float() for name in reasons})
+    swap_layers(qmodel, {name: qmodel.get_submodule(name).to_float() for name in reasons})
     record = record_of(qmodel)
     record["plan"] = record["plan"].left_in_float(reasons)
 
@@ -374,6 +377,7 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
     graph, modules = graph_of(graph_module), dict(graph_module.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     unsuited = {name for name in unsigned if has_hooks(modules[name]) or calls[name] != 1}
+    writers = written_after(graph, modules)
     absorbed = {}
     for node in list(graph.nodes):
         rectifier = rectified_range(node, modules)
@@ -381,6 +385,8 @@ def absorb_rectifiers(graph_module: fx.GraphModule, unsigned: set[str]) -> dict[
             continue
         takers = [user.target for user in node.users if user.op == "call_module" and user.all_input_nodes[0] is node]
         (source,) = node.all_input_nodes
+        if writers[source] not in ([], [node]):  # the layers keep it for the backward pass
+            continue
         if len(takers) == len(node.users) and unsigned - unsuited >= set(takers):
             node.replace_all_uses_with(source)
             call = fx.node.map_arg((node.args, node.kwargs), lambda _: Tensor)
@@ -409,10 +415,24 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
 
 
 def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each of `layers` in the place of the submodule of its name, wherever `model` holds that, in place."""
-    replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
+    """Make the submodule of each name what that of `layers` is, wherever `model` or its code refers to it, in place."""
+    for layer, other in [(model.get_submodule(name), layer) for name, layer in layers.items()]:
+        become(layer, other)
     if isinstance(model, fx.GraphModule):
         model.graph.lint()
         model.recompile()
-    for name, layer in layers.items():
-        assert model.get_submodule(name) is layer, f"{name} was not replaced"
+
+
+def look_at_layers_as_float(model: nn.Module, layers: Collection[str]) -> bool:
+    """Let modules kept whole see those of `layers` that are inside as float layers. Returns whether there are any."""
+    found = False
+    called = {node.target for node in graph_of(model).nodes if node.op == "call_module"}
+    for path in sorted(called - set(layers)) if isinstance(model, Network) else [""]:
+        module = model.get_submodule(path)
+        hidden = [name for name in layers if name.startswith(f"{path}." if path else "")]
+        if hidden and not isinstance(module, MultiheadAttention):
+            found = True
+            look_at_as_float(module)
+            for layer in map(model.get_submodule, hidden):
+                disguise(layer)
+    return found

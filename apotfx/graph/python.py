@@ -108,9 +108,13 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
     if not plain:
         return None
     if function not in memo:
-        if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in get_instructions(function.__code__)):
-            memo[function] = None  # it would change the copy's globals
+        operations = {i.opname for i in get_instructions(function.__code__)}
+        if operations & {"STORE_GLOBAL", "DELETE_GLOBAL"}:  # it would change the copy's globals
+            memo[function] = None
             return None
+        if "MATCH_CLASS" in operations:
+            memo[function] = functools.wraps(function)(lambda *args, **kwargs: _refuse_to_match())
+            return memo[function]
         scope = memo.setdefault(id(function.__globals__), {})
         if not scope:
             scope.update(function.__globals__, __builtins__=BUILTINS | {"super": functools.partial(_Super, memo)})
@@ -191,6 +195,10 @@ def _hasattr(value: object, name: str) -> bool:
 
 def _callable(value: object) -> bool:
     return callable(value) and isinstance(value, fx.proxy.Attribute) >= isinstance(value, fx.Proxy)
+
+
+def _refuse_to_match() -> None:
+    raise Untraceable("its forward matches values with classes")
 
 
 def _is_grad_enabled() -> bool:

@@ -7,7 +7,7 @@ format differs. What differs by more than float rounding is another network.
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
-from apotfx.graph.network import Network
-from apotfx.graph.tracing import HOOKS, contents, put_back, with_fixed
-from apotfx.layers import computing_in_float
+from apotfx.graph.network import Network, graph_of, record_of
+from apotfx.graph.tracing import HOOKS, attributes_kept, with_fixed
+from apotfx.layers import QuantLayer, being_float, computing_in_float
+from apotfx.modules import looked_at_as_float
 
 NOISE = 1e-3  # of a result's root mean square: float rounding stays below, another network does not
 
 
 def difference(
-    network: Network, args: tuple, kwargs: dict, model: nn.Module | None = None
+    network: nn.Module, args: tuple, kwargs: dict, model: nn.Module | None = None
 ) -> tuple[str, str] | None:
-    """Where a network, its quantizers off, is not the module that it was traced from; None if it is.
+    """Where a network, its quantizers off, is not the module that it was made from; None if it is.
 
     Four forward passes without gradients: both in evaluation and in training mode, each from the same random state.
     Nothing is left changed.
@@ -42,44 +43,48 @@ def difference(
     """
     if any(isinstance(x, Tensor) and (x.is_meta or type(x).__name__ == "FakeTensor") for x in _parts((args, kwargs))):
         return None
-    with torch.no_grad(), _restored(network, model), computing_in_float(network):
+    with torch.no_grad(), _restored(network, model):
         for training in (False, True):
             network.train(training)
-            reference = network.original if model is None or training else model.eval()
+            reference = getattr(network, "original", network) if model is None or training else model.eval()
             try:
-                expected = _run(reference.forward, *with_fixed(reference, args, kwargs, network.fixed))
+                with state_kept(network.modules()), being_float(network):
+                    expected = _run(reference.forward, *with_fixed(reference, args, kwargs, getattr(network, "fixed", {})))
             except Exception as error:  # the model's own code may raise anything
                 if training:
                     continue  # such as for a single image, which a batch norm has no statistics of
                 raise ApotfxError(f"model: refuses the inputs ({_line(error)}); pass inputs that it takes") from error
             mode = "training" if training else "evaluation"
             try:
-                wrong = _compare(expected, _run(network, args, kwargs))
+                with state_kept(network.modules()), computing_in_float(network), looked_at_as_float():
+                    wrong = _compare(expected, _run(network, args, kwargs))
             except ApotfxError:
                 raise
             except Exception as error:
                 wrong = f"raises {_line(error)}"
             if wrong is not None:
-                return _where(network, reference, args, kwargs), f"{wrong} in {mode}"
+                with computing_in_float(network):
+                    return _where(network, reference, args, kwargs), f"{wrong} in {mode}"
     return None
 
 
 def require_same(network: nn.Module, args: tuple, kwargs: dict) -> None:
     """`difference`, once for a network. Raises: ApotfxError: there is one."""
-    if not isinstance(network, Network) or not network.meta.get("unchecked"):
+    record = record_of(network)
+    if not record.get("unchecked"):
         return
     try:
-        network.meta["unchecked"] = False
+        record["unchecked"] = False
         found = difference(network, args, kwargs)
     except ApotfxError:  # the inputs are none; the call that follows says why
-        network.meta["unchecked"] = True
+        record["unchecked"] = True
         return
     if found is not None:
         path, how = found
-        raise ApotfxError(
-            f"{path or 'the model'}: tracing changed what it computes ({how}); pass such inputs to quantize as "
-            "example_inputs, which then keeps it whole"
-        )
+        changed, fix = "tracing", "pass such inputs to quantize as example_inputs, which then keeps it whole"
+        if path in record["leaves"] or record["traced_alike"]:
+            changed, fix = "quantization", "its code asks for more than isinstance of the type of a layer; change that"
+        raise ApotfxError(f"{path or 'the model'}: {changed} changed what it computes ({how}); {fix}")
 
 
 def _line(error: Exception) -> str:
@@ -126,9 +131,9 @@ def _describe(x: object) -> str:
 
 def _where(network: Network, reference: nn.Module, args: tuple, kwargs: dict) -> str:
     """The module whose code calls the first leaf module that gets other inputs in the network than in `reference`."""
-    leaves = {node.target for node in network.graph.nodes if node.op == "call_module"}
-    runs = []
-    for model, forward in ((reference, functools.partial(reference.forward, **network.fixed)), (network, network)):
+    leaves = {node.target for node in graph_of(network).nodes if node.op == "call_module"}
+    fixed, runs = getattr(network, "fixed", {}), []
+    for model, forward in ((reference, functools.partial(reference.forward, **fixed)), (network, network)):
         calls: list[tuple[str, object]] = []
         handles = [
             module.register_forward_pre_hook(
@@ -155,19 +160,30 @@ def _restored(*models: nn.Module | None) -> Iterator[None]:
     """Without the hooks of `models`; puts back all that their modules hold."""
     modules = [m for model in models if model is not None for m in model.modules()]
     modules += [model.original for model in models if isinstance(model, Network)]
-    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
-    values = [(buffer, buffer.clone()) for m in modules for buffer in m._buffers.values() if buffer is not None]
-    try:
-        for state, saved, _ in states:
-            state.update({key: type(saved[key])() for key in HOOKS if key in saved})
+    with state_kept(modules):
+        for module in modules:
+            state = vars(module)
+            state.update({key: type(state[key])() for key in HOOKS if key in state})
+            if isinstance(module, QuantLayer):
+                state.pop("forward", None)  # which watches it
         yield
+
+
+@contextmanager
+def state_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards `modules` hold what they held: the same attributes, buffers and items, and buffers with the same values."""
+    modules = list(modules)
+    buffers = [buffer for m in modules for buffer in m._buffers.values() if buffer is not None]
+    dense = [buffer.untyped_storage() for buffer in buffers if buffer.layout == torch.strided]
+    # By memory, as the elements of an expanded tensor cannot be written.
+    values = [(held, held.clone()) for held in ({x._cdata: x for x in dense}).values()]
+    values += [(buffer, buffer.clone()) for buffer in buffers if buffer.layout != torch.strided]
+    try:
+        with attributes_kept(modules):
+            yield
     finally:
-        for state, saved, held in states:
-            state.clear()
-            state.update(saved)
-            put_back(held)
-        for buffer, value in values:
-            buffer.copy_(value)
+        for held, value in values:
+            held.copy_(value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -256,6 +256,7 @@ class _Tracer(fx.Tracer):
         self.tensors = dict(_tensors(model))
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._written: set[int] = set()  # storages of constants that the graph writes to
+        self._counted: set[str] = set()  # the counters of batches that the code increments
         self._attributes: dict[str, fx.Node] = {}
         self._context, self._entered = _context(), 0
         self._hooked = {module for module in self.submodule_paths if has_hooks(module)}
@@ -426,6 +427,7 @@ class _Tracer(fx.Tracer):
         if _context() != self._context:
             raise _AnotherContext("its forward runs code in a context (no_grad, autocast, checkpoint, ...)")
         node = super().create_node(kind, *args, **kwargs)
+        node.meta["counted"] = self._counted
         node.meta["type"] = static_type(node, self.modules.get(node.target) if kind == "call_module" else None)
         return node
 
@@ -459,6 +461,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest, **more) -> fx.Proxy:
         if target == "add_" and self._counts_batches(args[0]):
+            self._counted.add(self._names[id(vars(args[0])["tensor"])])
             return args[0]  # batch norms count their batches, which matters to no result if they have a momentum
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
@@ -551,7 +554,8 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", function, (self, *operands), {})
 
     def __repr__(self) -> str:  # of sizes it is there for messages
-        if self.node.meta["type"] in (torch.dtype, torch.device):
+        asked = self.node.args[1] if self.node.target is getattr else None
+        if self.node.meta["type"] not in (int, float, torch.Size, Tensor) and asked != "shape":
             raise Untraceable(f"its forward asks for the text of {self.node.name}, which is not known while tracing")
         return super().__repr__()
 
@@ -707,6 +711,19 @@ def put_back(contents: Mapping[str, tuple]) -> None:
         held.extend(copied) if isinstance(held, list) else held.update(copied)
 
 
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards `modules` have the attributes that they had, and containers among them hold what they held."""
+    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
+    try:
+        yield
+    finally:
+        for state, saved, held in states:
+            state.clear()
+            state.update(saved)
+            put_back(held)
+
+
 def _same(a: object, b: object) -> bool:
     return a is b or type(a) is type(b) and isinstance(a, PLAIN) and a == b
 
@@ -768,7 +785,7 @@ class _Shapes:
             return self._empty(self.tracer.tensors[node.target] if constant is None else constant)
         if node.op == "call_module":
             module = self.tracer.modules[node.target]
-            with self.tracer.out_of(module):
+            with self.tracer.out_of(module), attributes_kept(module.modules()):
                 state = {name: self._empty(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
                 return torch.func.functional_call(module, state, args, kwargs)
         if node.op == "call_method":

@@ -1,11 +1,14 @@
 """From the graph of a quantized network to its program: what each node computes, however torch spells it."""
 
+import functools
 import inspect
 import json
 import math
 import operator
 import os
+import types
 from collections.abc import Iterator, Sequence
+from dis import get_instructions
 from itertools import zip_longest
 
 import torch
@@ -328,7 +331,8 @@ def _adaptive(name: str, inputs: tuple[str, ...], output: object, dims: int) -> 
 def describe_module(module: nn.Module) -> tuple[str, dict]:
     """Its type and its settings, as JSON; of one that tracing kept whole, the types of the modules inside too."""
     plain = (bool, int, float, str, tuple, type(None))
-    settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and type(v) in plain}
+    changing = _assigned_by_forward(type(module)) | {"training"}
+    settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in changing and type(v) in plain}
     # JSON has no infinity.
     settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in settings.items()}
     if isinstance(module, (QuantLayer, IntegerLayer)):
@@ -336,6 +340,23 @@ def describe_module(module: nn.Module) -> tuple[str, dict]:
     inside = dict(_inner_types(module, ""))
     described = settings | ({"modules": inside} if inside else {})
     return _type_name(module), json.loads(json.dumps(described, default=str))  # as it will be read: lists for tuples
+
+
+@functools.cache
+def _assigned_by_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """The attributes that its forward, or a function that this calls, assigns: how often it ran, not what it is."""
+    reached, assigned, waiting = {"forward"}, set(), [cls.forward]
+    for function in waiting:
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            continue
+        assigned.update(i.argval for i in get_instructions(function.__code__) if i.opname == "STORE_ATTR")
+        for name in function.__code__.co_names:
+            own = None if hasattr(nn.Module, name) else getattr(cls, name, None)
+            if name not in reached:
+                reached.add(name)
+                waiting.append(own or function.__globals__.get(name))
+    return frozenset(assigned)
 
 
 def _inner_types(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:

@@ -147,6 +147,16 @@ def _float_state(qmodel: nn.Module, program: Program, layers: dict[str, QuantLay
     """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
     state, read = state_outside(qmodel, program, layers), _read_in_float(qmodel, layers)
     for name, layer in layers.items():
+        if layer.is_replaced:
+            raise ApotfxError(
+                f"export: the code of the module around layer {name}, kept whole, calls it with other weights than its own, "
+                "which no export holds; leave the layer in float (scheme: float)"
+            )
+        if layer.is_walked and layer.additions:
+            raise ApotfxError(
+                f"export: {name} has {layer.additions[0]}, which no export holds, and the code of the module around it, "
+                "kept whole, looks through what it has; remove one or the other"
+            )
         if layer.weight_quantizer is None:
             state[f"{name}.weight"] = layer.geometry.operator.from_parameter(layer.weight)
         elif name in read:

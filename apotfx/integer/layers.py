@@ -1,19 +1,22 @@
 """The modules of a loaded integer network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from apotfx import functional as F
 from apotfx import reproducible
 from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
+from apotfx.modules import StandIn, float_attributes, is_in_kept_module
 from apotfx.operators import Operator, accumulators, output_shaped
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(StandIn):
     """A convolution or matrix product of integer levels; what `load_integer` puts in a float layer's place.
 
     A float input or weight, which the policy may ask for, stands for its levels; then the accumulators are float.
@@ -25,12 +28,17 @@ class IntegerLayer(nn.Module):
         rectifier, rectifies: as of `QuantLayer`.
 
     Code of a module kept whole, or the graph, may read what a float layer has: `weight` is then the float weight where the
-    export has it, else a tensor of NaN of its shape and type.
+    export has it; else the graph, which asks for its type only, gets NaN, and code is refused.
 
     Buffers: `levels` (of the weight, in the smallest integer type that holds them, or float, [C_out, ...]); `weight_scale`
     ([] or [C_out, 1, ...]); `input_clip` ([]; None for a float input); `bias` ([C_out]; None without); `scale`, from
     accumulators to outputs ([], or broadcasting over the output).
     """
+
+    own_names = frozenset(
+        ("name", "kind", "geometry", "rectifier", "rectifies", "weight_levels", "input_levels", "accumulator_range",
+         "float_class", "float_state", "has_float_weight", "own_names")
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -61,11 +69,25 @@ class IntegerLayer(nn.Module):
     def stand_in_for(self, layer: nn.Module, weight: Tensor | None) -> None:
         """Have the attributes of the float layer that code around it may read, and its weight, if the export has it."""
         settings = {key: value for key, value in vars(layer).items() if key[0] != "_" and not hasattr(self, key)}
-        vars(self).update(settings)
+        vars(self).update(settings, float_class=type_before_parametrizations(layer), float_state=float_attributes(layer))
+        self.has_float_weight = weight is not None
         like = layer.weight
         self.register_buffer("float_weight", self.scale.new_full((), torch.nan).expand(like.shape), persistent=False)
         if weight is not None:
             self.float_weight = weight.to(like.device)
+
+    def float_view(self, kind: str) -> Mapping:
+        names = ("weight", "bias") if kind == "_parameters" else ()
+        return MappingProxyType({name: self.float_parameter(name) for name in names})
+
+    def float_parameter(self, name: str) -> nn.Parameter | None:
+        if name == "weight" and is_in_kept_module() and not self.has_float_weight:
+            raise ApotfxError(
+                f"layer {self.name}: code around it reads its float weight, which the export has not, as it did not while "
+                "the network was calibrated; calibrate with a batch that makes it, and export again"
+            )
+        value = self.float_weight if name == "weight" else self.bias
+        return None if value is None else nn.Parameter(value, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
