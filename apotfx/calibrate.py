@@ -16,7 +16,7 @@ from .clips import extremes, fit_clip, minmax_clip, percentile_clip, sample
 from .errors import ApotfxError
 from .graph.network import graph_of, record_of
 from .graph.passes import leave_in_float
-from .graph.selfcheck import require_same
+from .graph.selfcheck import require_same, state_kept
 from .layers import QuantLayer, outside_readers
 from .reproducible import AttachedBatchNorm
 from .quantizers import PAPER_INPUT_CLIP, WeightQuantizer
@@ -59,7 +59,7 @@ def calibrate(
 
     Layers inside a module that tracing kept whole may be passed by, such as those used in training only, and an expert
     may get an empty batch only. They are named in a warning, and get their clips from the first training batch that
-    reaches them.
+    reaches them; an export before has them in float.
 
     Args:
         qmodel: what `quantize` returned.
@@ -287,14 +287,9 @@ class _WeightFit:
 def _observe_float(
     qmodel: nn.Module, layers: dict[str, QuantLayer], batches: Iterable, keep: Callable
 ) -> dict[str, Tensor]:
-    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes no buffer."""
+    """What is kept of the inputs of `layers` with no input quantized, of those that get any; changes nothing."""
     quantizers = {layer: layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None}
     ranges: dict[str, tuple[float, float]] = {}
-    buffers = [
-        (module, key, buffer.clone())
-        for module in qmodel.modules()
-        for key, buffer in module.named_buffers(recurse=False)
-    ]
 
     def check(name: str, layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         x = _argument(args, kwargs, 0, "input")
@@ -310,17 +305,14 @@ def _observe_float(
             least, most = ranges.get(name, (low, high))
             ranges[name] = min(least, low), max(most, high)
 
-    try:
-        with (
-            outside_readers(layers.values()) as readers,
-            _switched_off(layers, "input_quantizer"),
-            _pre_hooks(layers, check),
-            observed_inputs(layers, keep) as kept,
-        ):
-            num_batches = _run(qmodel, batches)
-    finally:
-        for module, key, value in buffers:
-            getattr(module, key).copy_(value)
+    with (
+        state_kept(qmodel),
+        outside_readers(layers.values()) as readers,
+        _switched_off(layers, "input_quantizer"),
+        _pre_hooks(layers, check),
+        observed_inputs(layers, keep) as kept,
+    ):
+        num_batches = _run(qmodel, batches)
     called = {node.target for node in graph_of(qmodel).nodes if node.op == "call_module"}
     read = {name for name, layer in layers.items() if layer in readers and name not in called}
     for name in read & kept.keys():
@@ -351,7 +343,7 @@ def _require_reached(needing: list[str], called: set[str], kept: dict[str, list[
     if unreached:
         warnings.warn(
             f"layers {', '.join(unreached)}: no batch of the calibration reached them; they get their clips from the "
-            "first training batch that does",
+            "first training batch that does, an export before has them in float",
             stacklevel=5,  # past `no_grad`, which wraps `calibrate`
         )
 

@@ -44,7 +44,9 @@ def difference(
     """
     if any(isinstance(x, Tensor) and (x.is_meta or type(x).__name__ == "FakeTensor") for x in _parts((args, kwargs))):
         return None
-    with torch.no_grad(), _restored(network, model), computing_in_float(network):
+    with torch.no_grad(), state_kept(network, model), computing_in_float(network):
+        for module in (m for each in (network, network.original, model) if each is not None for m in each.modules()):
+            vars(module).update({key: type(vars(module)[key])() for key in HOOKS if key in vars(module)})
         for training in (False, True):
             network.train(training)
             reference = network.original if model is None or training else model.eval()
@@ -163,15 +165,13 @@ def _where(
 
 
 @contextmanager
-def _restored(*models: nn.Module | None) -> Iterator[None]:
-    """Without the hooks of `models`; puts back all that their modules hold."""
+def state_kept(*models: nn.Module | None) -> Iterator[None]:
+    """Afterwards the modules of `models` hold what they held, but for what a network notes of itself."""
     modules = [m for model in models if model is not None for m in model.modules()]
     modules += [model.original for model in models if isinstance(model, Network)]
-    states = [(vars(m), vars(m).copy(), contents(m)) for m in modules]
+    states = [(vars(m), vars(m).copy(), contents(m, ("meta",) if isinstance(m, Network) else ())) for m in modules]
     values = [(buffer, buffer.clone()) for m in modules for buffer in m._buffers.values() if buffer is not None]
     try:
-        for state, saved, _ in states:
-            state.update({key: type(saved[key])() for key in HOOKS if key in saved})
         yield
     finally:
         for state, saved, held in states:
