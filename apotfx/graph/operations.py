@@ -69,7 +69,8 @@ def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
         module = modules[node.target]
         deaf = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))  # do not pass their argument on
         works_in_place = not deaf and getattr(module, "inplace", False) not in (False, None)
-        written += _first_argument(node) if works_in_place else []
+        first = _first_argument(node) if works_in_place else []
+        written += first if len(first) == 1 else []  # one that takes a list is no activation function
     elif node.op in ("call_function", "call_method"):
         if _is_in_place(node, name):
             written += _first_argument(node)
