@@ -76,7 +76,7 @@ class Passage:
             raise ValueError(f"the float network gives nothing: {len(self.expected)} outputs")
 
     def quantize(self) -> None:
-        """With example inputs if more of it can be traced with these."""
+        """With example inputs unless all of it, or more, can be traced without."""
         self.examples = None
         try:
             self.qmodel, self.row["seconds_quantize"] = timed(apotfx.quantize, self.model, self.policy)
@@ -85,7 +85,7 @@ class Passage:
             hidden = (math.inf, math.inf)
         if any(hidden):
             other, seconds = timed(apotfx.quantize, self.model, self.policy, example_inputs=self.inputs)
-            if hidden_layers(other) < hidden:
+            if hidden_layers(other) <= hidden:  # where it is as much, they give better reasons
                 self.qmodel, self.examples = other, self.inputs
                 self.row |= {"seconds_quantize": seconds, "example_inputs": True}
         self.row |= layer_facts(self.qmodel)
