@@ -299,9 +299,9 @@ def test_example_inputs_are_used_where_they_help(examined):
 
 def test_leaves_are_told_with_their_reason(examined):
     row = examined(lambda name: subject(Flows(lambda x: x.sum() > 1e9 or True)))[-1]
-    assert row["problems"] == {} and not row["example_inputs"]
-    assert list(row["leaves"]) == ["second"] and "asks for bool" in row["leaves"]["second"]
-    assert zoo_report.cells(row)[8] == "1"
+    assert row["problems"] == {} and row["example_inputs"]
+    assert list(row["leaves"]) == ["second"] and "which depends on the values of tensors" in row["leaves"]["second"]
+    assert zoo_report.cells(row)[8] == "1, with example"
     assert "Leaves, by reason:\n\n- test_zoo.py:" in zoo_report.report({}, [row], {})
 
 

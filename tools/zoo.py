@@ -7,6 +7,7 @@ python tools/zoo.py --list timm,yolo --only "*vit*" --jobs 2 --resume
 
 import argparse
 import concurrent.futures
+import copy
 import fnmatch
 import importlib.metadata
 import json
@@ -24,8 +25,7 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -95,12 +95,11 @@ class Passage:
         policy = apotfx.BitPolicy.default(FLOAT_BITS)
         traced = apotfx.quantize(self.model, policy, example_inputs=self.examples)
         self.row["exact"] = difference(self.expected, evaluate(traced, self.inputs))
-        with restored(self.model):
-            try:
-                expected = train(self.model, self.inputs)
-            except Exception as error:  # the float network cannot be trained on these inputs either
-                self.row["no_training"] = describe(error)
-                return
+        try:
+            expected = train(copy.deepcopy(self.model), self.inputs)  # which changes its buffers
+        except Exception as error:  # the float network cannot be trained on these inputs either
+            self.row["no_training"] = describe(error)
+            return
         self.row["exact_training"] = difference(expected, train(traced, self.inputs))
 
     def calibrate(self) -> None:
@@ -186,19 +185,6 @@ def train(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[Tenso
     seed_all()
     args, kwargs = bind(inputs)
     return tensors(model.train()(*args, **kwargs))
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards `model` has its mode and its buffers as before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    try:
-        yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-        model.train(training)
 
 
 def tensors(outputs: object) -> list[Tensor]:

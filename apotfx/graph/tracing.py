@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -145,6 +145,8 @@ def explain(error: BaseException) -> str:
     """Where the traced code raised `error`, and what, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"{place}which depends on the values of tensors"
     reason = " ".join(str(error).split()).partition(". ")[0][:200]
     return f"{place}{reason}" if isinstance(error, Untraceable) else f"{place}{type(error).__name__}: {reason}"
 
