@@ -387,6 +387,21 @@ def test_outputs_of_other_types(wire):
     assert qmodel.a.weight.grad.any()
 
 
+class Cache:
+    """As a decoder returns one."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+
+
+@pytest.mark.parametrize("make", [Cache, lambda y, h: collections.defaultdict(list, y=y)], ids=["object", "dict"])
+def test_an_output_that_no_graph_can_make_is_the_reason(make):
+    qmodel = quantize(Wiring(make), POLICY)
+    assert type(qmodel(torch.randn(5, 6))) is type(make(None, None)) and len(quantized(qmodel)) == 2
+    name = type(make(None, None)).__name__
+    assert record_of(qmodel)["leaves"] == {"": f"a {name} is among its results or arguments, which no graph can make"}
+
+
 class Inputs(nn.Module):
     def __init__(self, read):
         super().__init__()

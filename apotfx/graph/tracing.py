@@ -407,10 +407,12 @@ class _Tracer(fx.Tracer):
             if is_dataclass(a):
                 values = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
                 return self.create_node("call_function", type(a), (), values)
-            if type(a) is not OrderedDict:
-                raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")
-            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
+            if type(a) is OrderedDict:
+                return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        with contextlib.suppress(NotImplementedError):
+            if not isinstance(a, dict) or type(a) is dict:
+                return super().create_arg(a)
+        raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")
 
     def _attribute(self, name: str) -> fx.Node:
         if name not in self._attributes:
