@@ -145,9 +145,9 @@ def timed(function: Callable, *args, **kwargs) -> tuple[object, float]:
 
 
 def hidden_layers(qmodel: nn.Module) -> tuple[int, int]:
-    """(layers in float, leaves)."""
+    """(leaves, layers in float)."""
     layers, leaves = plan_and_leaves(qmodel)
-    return sum(not planned.quantized for planned in layers), len(leaves)
+    return len(leaves), sum(not planned.quantized for planned in layers)
 
 
 def layer_facts(qmodel: nn.Module) -> dict:
