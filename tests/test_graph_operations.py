@@ -115,6 +115,8 @@ FRESH = {
     "max_pool2d": (TF.max_pool2d, (image, 1)), "avg_pool2d": (TF.avg_pool2d, (image, 1)),
     "adaptive_avg_pool2d": (TF.adaptive_avg_pool2d, (image, 3)), "mean": ("mean", (image, (2, 3))),
     "sum": (torch.sum, (ones, 0)), "cat": (torch.cat, ([x],)), "stack": (torch.stack, ([x, y],)),
+    "repeat_interleave": (torch.repeat_interleave, (x, 1, 0)), "repeat_interleave-method": ("repeat_interleave", (ones, 1)),
+    "repeat_interleave-each": ("repeat_interleave", (ones, torch.tensor([1]))),
     "clone": ("clone", (x,)), "repeat": ("repeat", (x, 1, 1, 1)), "flip": (torch.flip, (ones, (0,))),
     "where": (torch.where, (x > 1, x, y)), "masked_fill": ("masked_fill", (x, x > 9, 0)), "roll": (torch.roll, (x, 0)),
     "index_select": (torch.index_select, (x, 0, torch.tensor([0, 1]))), "cumsum": (torch.cumsum, (ones, 0)),

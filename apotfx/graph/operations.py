@@ -18,7 +18,7 @@ FRESH_COMPOSITES = {
     "relu6", "selu", "prelu", "rrelu", "softmax", "log_softmax", "log_sigmoid", "square", "absolute", "clip",
     "subtract", "multiply", "divide", "true_divide", "negative", "where", "std", "var", "max", "min",
     "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "max_pool1d", "max_pool2d", "max_pool3d",
+    "max_pool1d", "max_pool2d", "max_pool3d", "repeat_interleave",
 }  # fmt: skip
 # Python functions that end in one operator whose result lies in new memory, if they do not work in place.
 FRESH_FUNCTIONS = {
