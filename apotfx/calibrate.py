@@ -59,7 +59,7 @@ def calibrate(
 
     Layers inside a module that tracing kept whole may be passed by, such as those used in training only, and an expert
     may get an empty batch only. They are named in a warning, and get their clips from the first training batch that
-    reaches them.
+    reaches them; an export before has them in float.
 
     Args:
         qmodel: what `quantize` returned.
@@ -346,7 +346,7 @@ def _require_reached(needing: list[str], called: set[str], kept: dict[str, list[
     if unreached:
         warnings.warn(
             f"layers {', '.join(unreached)}: no batch of the calibration reached them; they get their clips from the "
-            "first training batch that does",
+            "first training batch that does, an export before has them in float",
             stacklevel=5,  # past `no_grad`, which wraps `calibrate`
         )
 

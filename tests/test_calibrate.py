@@ -254,6 +254,33 @@ class Branching(nn.Module):
         return self.fc(x)
 
 
+class Rotary(nn.Module):
+    """Grows a table with the length of its input and notes that length; counts its calls in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.length = nn.Linear(4, 4), 2
+        self.register_buffer("table", torch.ones(2, 1))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        if x.shape[1] > self.length:
+            self.length = x.shape[1]
+            self.register_buffer("table", torch.arange(1.0, 1 + self.length)[:, None])
+            self.register_buffer("other", self.table.sin())
+        return self.fc(x * self.table[: x.shape[1]])
+
+
+def test_state_that_forward_grows_is_as_before():
+    qmodel = quantize(nn.Sequential(nn.Linear(3, 4), Rotary()), BitPolicy((Rule(),))).eval()
+    short, x = torch.randn(2, 2, 3), torch.randn(2, 5, 3)
+    calibrate(qmodel, [short, x])
+    rotary = qmodel.get_submodule("1")
+    assert rotary.length == len(rotary.table) == 2 and rotary.calls == 0 and not hasattr(rotary, "other")
+    assert qmodel(x).shape == (2, 5, 4) and rotary.length == len(rotary.table) == 5
+
+
 def test_layers_of_a_leaf_that_no_batch_reaches_are_left_to_training():
     qmodel = quantize(nn.Sequential(nn.Linear(3, 3), Branching()), BitPolicy((Rule(),))).eval()
     with pytest.warns(UserWarning, match=r"layers 1\.extra: no batch of the calibration reached them") as caught:

@@ -79,6 +79,36 @@ def test_an_existing_path_is_left_alone(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "directory").iterdir())
 
 
+class WithAuxiliaryHead(nn.Module):
+    """In training it has a second head, so that it is kept whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.auxiliary = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.fc(x))
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("around", [nn.Identity, lambda: nn.Linear(4, 4)], ids=["whole", "inside"])
+def test_a_head_that_no_data_reached_is_written_in_float(around, tmp_path):
+    model, x = nn.Sequential(around(), WithAuxiliaryHead()), torch.randn(6, 4)
+    with pytest.warns(UserWarning, match="layers 1.auxiliary: no batch of the calibration reached them"):
+        qmodel = calibrate(quantize(model, policy()).eval(), [x])
+    with pytest.warns(UserWarning, match="export: layers 1.auxiliary never saw data; they are written in float") as caught:
+        path = export_integer(qmodel, tmp_path / "export")
+    assert caught[0].filename == __file__
+    manifest, tensors = read_integer(path)
+    assert not any(layer["name"] == "1.auxiliary" for layer in manifest["layers"])
+    assert torch.equal(tensors["1.auxiliary.weight"], model[1].auxiliary.weight)
+    imodel = load_integer(path, model)
+    assert torch.equal(imodel(x), qmodel(x))
+    qmodel.train()(x)
+    assert qmodel.get_submodule("1.auxiliary").input_quantizer is not None
+    assert len(read_integer(export_integer(qmodel, tmp_path / "trained"))[0]["layers"]) == len(manifest["layers"]) + 1
+
+
 def with_value(name, value):
     qmodel, _ = trained(policy())
     with torch.no_grad():
@@ -99,8 +129,9 @@ def with_value(name, value):
      "export: conv3.input_quantizer.clip is not finite"),
     (lambda: with_value("conv3.weight_quantizer.clip", float("inf")),
      "export: conv3.weight_quantizer.clip is not finite"),
+    (lambda: quantize(Net(), policy()), r"export: the clips of conv1, .* never saw data; calibrate the network or train"),
 ], ids=[
-    "float", "all-float", "layer", "double", "bfloat16", "weight", "bias", "input-clip", "weight-clip",
+    "float", "all-float", "layer", "double", "bfloat16", "weight", "bias", "input-clip", "weight-clip", "no-data",
 ])  # fmt: skip
 def test_what_cannot_be_exported_is_refused(make, message, tmp_path):
     with pytest.raises(ApotfxError, match=message):

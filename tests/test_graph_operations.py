@@ -38,6 +38,15 @@ def call(target, *args, **kwargs):
     return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
 
 
+class Heads(nn.Module):
+    """`inplace` may be about something else."""
+
+    inplace = True
+
+    def forward(self, features):
+        return sum(features)
+
+
 x, y = example(), example()
 WRITING = {
     "iadd": (operator.iadd, (x, y)), "imul": (operator.imul, (x, 2)), "isub": (operator.isub, (x, x)),
@@ -69,7 +78,7 @@ WRITING = {
     "foreach": (torch._foreach_add_, ([x, y], 1)), "rrelu_with_noise": (torch._C._nn.rrelu_with_noise, (x, y, 0.1, 0.2, True)),
     "aten": (torch.ops.aten.relu_.default, (x,)), "aten-packet": (torch.ops.aten.add_, (x, y)),
     "ReLU": (nn.ReLU(True), (x,)), "ReLU-off": (nn.ReLU(), (x,)), "SiLU": (nn.SiLU(inplace=True), (x,)),
-    "Dropout": (nn.Dropout(inplace=True), (x,)), "Threshold": (nn.Threshold(1, 0, True), (x,)),
+    "heads": (Heads(), ([x, y],)), "Dropout": (nn.Dropout(inplace=True), (x,)), "Threshold": (nn.Threshold(1, 0, True), (x,)),
     "add": (operator.add, (x, y)), "sort": ("sort", (x,)), "requires_grad_": ("requires_grad_", (x, False)),
     "invert": (operator.invert, (x > 1,)), "index": (torch.index_select, (x, 0, torch.tensor([0]))),
     "ior": (operator.ior, (x > 1, y > 1)), "new": ("new_zeros", (x, 3)), "dunder": ("__add__", (x, y)), "getitem": (operator.getitem, (x, 0)),
@@ -106,6 +115,8 @@ FRESH = {
     "max_pool2d": (TF.max_pool2d, (image, 1)), "avg_pool2d": (TF.avg_pool2d, (image, 1)),
     "adaptive_avg_pool2d": (TF.adaptive_avg_pool2d, (image, 3)), "mean": ("mean", (image, (2, 3))),
     "sum": (torch.sum, (ones, 0)), "cat": (torch.cat, ([x],)), "stack": (torch.stack, ([x, y],)),
+    "repeat_interleave": (torch.repeat_interleave, (x, 1, 0)), "repeat_interleave-method": ("repeat_interleave", (ones, 1)),
+    "repeat_interleave-each": ("repeat_interleave", (ones, torch.tensor([1]))),
     "clone": ("clone", (x,)), "repeat": ("repeat", (x, 1, 1, 1)), "flip": (torch.flip, (ones, (0,))),
     "where": (torch.where, (x > 1, x, y)), "masked_fill": ("masked_fill", (x, x > 9, 0)), "roll": (torch.roll, (x, 0)),
     "index_select": (torch.index_select, (x, 0, torch.tensor([0, 1]))), "cumsum": (torch.cumsum, (ones, 0)),

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, fx, nn
+from torch import Tensor, _assert, fx, nn
 
 from apotfx import trace
 from apotfx.graph.network import record_of
@@ -119,6 +119,7 @@ NETWORKS = {
     "cat": asking(lambda s, y: isinstance(torch.cat([y, y]), Tensor)), "cast": asking(lambda s, y: isinstance(y.double(), Tensor)),
     "factory": asking(lambda s, y: isinstance(torch.zeros(y.shape[0]), Tensor)),
     "math": asking(lambda s, y: isinstance(math.sqrt(y.shape[-1]), float) and isinstance(y.shape[0] * 2, int)),
+    "limits": asking(lambda s, y: isinstance(torch.finfo(y.dtype).eps, float) and isinstance(torch.iinfo(y.int().dtype).max, int)),
     "subclass": asking(lambda s, y: issubclass(type(y), Tensor) and isinstance(type(s), type)),
 }  # fmt: skip
 
@@ -162,10 +163,11 @@ def test_what_nothing_answers_keeps_the_module_whole(question, reason):
                 assert torch.equal(net(x := torch.randn(3, 4)), whole(x))
 
 
-def test_a_size_in_a_message_is_no_question():
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_size_in_a_message_is_no_question(imported):
     class Checked(Base):
         def forward(self, x):
-            torch._assert(x.ndim == 2, f"expected 2 dimensions, got {x.ndim}: {x.shape}")
+            (_assert if imported else torch._assert)(x.ndim == 2, f"expected 2 dimensions, got {x.ndim}: {x.shape}")
             return super().forward(x)
 
     net, x = trace(Checked()), torch.randn(3, 4)
@@ -183,6 +185,7 @@ FACTORIES = {
     "tril": lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], device=x.device)).mean(0),
     "rand": lambda x: torch.rand(x.shape[0], 1, device=x.device), "randperm": lambda x: torch.randperm(x.shape[1], device=x.device),
     "triu_indices": lambda x: torch.triu_indices(x.shape[1], x.shape[1]).sum(), "scalar": lambda x: torch.scalar_tensor(x.shape[1]),
+    "limit": lambda x: torch.full((x.shape[0], 1), torch.finfo(x.dtype).eps * 1e6, dtype=x.dtype),
 }  # fmt: skip
 
 

@@ -285,7 +285,9 @@ def test_example_inputs_hold_no_values():
     x = torch.randn(5, 6)
     before = x.clone()
     qmodel = quantize(Around(OnValues()), POLICY, example_inputs=x)
-    assert list(record_of(qmodel)["leaves"]) == ["inner"] and torch.equal(x, before)
+    (path, reason), = record_of(qmodel)["leaves"].items()
+    assert path == "inner" and torch.equal(x, before)
+    assert re.fullmatch(r"test_tracing.py:\d+ `if x.sum\(\) > 1e9:`, which depends on the values of tensors", reason)
 
 
 class Arguments(nn.Module):
@@ -385,6 +387,21 @@ def test_outputs_of_other_types(wire):
     logits = y.logits if isinstance(y, Output) else y["logits"]
     logits.sum().backward()
     assert qmodel.a.weight.grad.any()
+
+
+class Cache:
+    """As a decoder returns one."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+
+
+@pytest.mark.parametrize("make", [Cache, lambda y, h: collections.defaultdict(list, y=y)], ids=["object", "dict"])
+def test_an_output_that_no_graph_can_make_is_the_reason(make):
+    qmodel = quantize(Wiring(make), POLICY)
+    assert type(qmodel(torch.randn(5, 6))) is type(make(None, None)) and len(quantized(qmodel)) == 2
+    name = type(make(None, None)).__name__
+    assert record_of(qmodel)["leaves"] == {"": f"a {name} is among its results or arguments, which no graph can make"}
 
 
 class Inputs(nn.Module):

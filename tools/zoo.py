@@ -7,6 +7,7 @@ python tools/zoo.py --list timm,yolo --only "*vit*" --jobs 2 --resume
 
 import argparse
 import concurrent.futures
+import copy
 import fnmatch
 import importlib.metadata
 import json
@@ -24,8 +25,7 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -76,16 +76,16 @@ class Passage:
             raise ValueError(f"the float network gives nothing: {len(self.expected)} outputs")
 
     def quantize(self) -> None:
-        """With example inputs if more of it can be traced with these."""
+        """With example inputs unless all of it, or more, can be traced without."""
         self.examples = None
         try:
             self.qmodel, self.row["seconds_quantize"] = timed(apotfx.quantize, self.model, self.policy)
             hidden = hidden_layers(self.qmodel)
         except ApotfxError:
-            hidden = (math.inf, math.inf)
+            hidden = (True, math.inf, math.inf)
         if any(hidden):
             other, seconds = timed(apotfx.quantize, self.model, self.policy, example_inputs=self.inputs)
-            if hidden_layers(other) < hidden:
+            if hidden_layers(other) <= hidden:  # where it is as much, they give better reasons
                 self.qmodel, self.examples = other, self.inputs
                 self.row |= {"seconds_quantize": seconds, "example_inputs": True}
         self.row |= layer_facts(self.qmodel)
@@ -95,12 +95,11 @@ class Passage:
         policy = apotfx.BitPolicy.default(FLOAT_BITS)
         traced = apotfx.quantize(self.model, policy, example_inputs=self.examples)
         self.row["exact"] = difference(self.expected, evaluate(traced, self.inputs))
-        with restored(self.model):
-            try:
-                expected = train(self.model, self.inputs)
-            except Exception as error:  # the float network cannot be trained on these inputs either
-                self.row["no_training"] = describe(error)
-                return
+        try:
+            expected = train(copy.deepcopy(self.model), self.inputs)  # which changes its buffers
+        except Exception as error:  # the float network cannot be trained on these inputs either
+            self.row["no_training"] = describe(error)
+            return
         self.row["exact_training"] = difference(expected, train(traced, self.inputs))
 
     def calibrate(self) -> None:
@@ -141,14 +140,14 @@ class Unequal(Exception):
 
 
 def timed(function: Callable, *args, **kwargs) -> tuple[object, float]:
-    start = time.perf_counter()
-    return function(*args, **kwargs), time.process_time()
+    begin = time.process_time()
+    return function(*args, **kwargs), time.process_time() - begin
 
 
-def hidden_layers(qmodel: nn.Module) -> tuple[int, int]:
-    """(layers in float, leaves)."""
+def hidden_layers(qmodel: nn.Module) -> tuple[bool, int, int]:
+    """(whether the model itself is a leaf, leaves, layers in float)."""
     layers, leaves = plan_and_leaves(qmodel)
-    return sum(not planned.quantized for planned in layers), len(leaves)
+    return "" in leaves, len(leaves), sum(not planned.quantized for planned in layers)
 
 
 def layer_facts(qmodel: nn.Module) -> dict:
@@ -186,19 +185,6 @@ def train(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> list[Tenso
     seed_all()
     args, kwargs = bind(inputs)
     return tensors(model.train()(*args, **kwargs))
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards `model` has its mode and its buffers as before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    try:
-        yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-        model.train(training)
 
 
 def tensors(outputs: object) -> list[Tensor]:

@@ -5,9 +5,9 @@ depends on the input shrinks from layer to layer until biases are all that is le
 weights, 8 bits at the first layer of an EfficientNet move its output by more than another image does. So, in one run of
 the network on `inputs` in evaluation:
 
-- a parameter whose values are all the same, or that belongs to a batch norm, becomes random: what multiplies (the weight of a norm, a layer scale) lies
-  between 0.5 and 1.5, or that times its value; what is added (a bias) gets a standard deviation of 0.1, or, in a batch
-  norm, a mean of 0.5 and a standard deviation of 0.3;
+- a parameter whose values are all the same, or that belongs to a batch norm, becomes random: what multiplies (the weight
+  of a norm, a layer scale) lies between 0.5 and 1.5, or that times its value; what is added (a bias) gets a standard
+  deviation of 0.1, or, in a batch norm, a mean of 0.5 and a standard deviation of 0.3;
 - the weight of a convolution or linear layer becomes the sum of its random weight and of its gradient under random
   gradients of the layer's output, of the same norm: as training does it, it turns the weight towards what sets the
   samples apart at the layer's input;

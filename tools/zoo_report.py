@@ -18,8 +18,9 @@ HEADERS = [
 ]  # fmt: skip
 EXPLANATION = f"""\
 Each network has random weights (made to behave like trained ones: see `tools/zoo_init.py`) and passes, in a process of
-its own, through `quantize` (with example inputs where more of it can be traced with these), `calibrate` on the input
-that it is then compared on, a step of SGD, `export_integer` and `load_integer`. It is passed as its package makes it.
+its own, through `quantize` (with example inputs unless all of it, or more, can be traced without), `calibrate` on the
+input that it is then compared on, a step of SGD, `export_integer` and `load_integer`. It is passed as its package makes
+it.
 
 - verdict: *ok* if each of these went through, the reloaded network equals the quantized one in every bit, the quantized
   one has at least {LEAST:g} dB in evaluation, and without quantizers at least {EXACT:g} dB in both modes; *refused* if
@@ -27,7 +28,7 @@ that it is then compared on, a step of SGD, `export_integer` and `load_integer`.
   keep at most {MARGIN:g} dB more; *wrong* if it is another network; *fails* otherwise.
 - dB: signal-to-noise ratio of the output in 8 bits to that of the float network, of the worst output; the signal is only
   what differs between the two samples of the batch. By torch: the same of the float network run by torch with both
-  operands of every product with a parameter rounded to 8 bits, which nobody traced.
+  operands of every product with a parameter rounded to 8 bits, which nobody traced; one clip per layer.
 - off, dB: the same of the traced network with all its layers left in float, in evaluation / in training from the same
   random state; "=" is equal in every bit.
 - equal: whether all outputs of the reloaded network equal those of the quantized one in every bit.

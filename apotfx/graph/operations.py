@@ -18,7 +18,7 @@ FRESH_COMPOSITES = {
     "relu6", "selu", "prelu", "rrelu", "softmax", "log_softmax", "log_sigmoid", "square", "absolute", "clip",
     "subtract", "multiply", "divide", "true_divide", "negative", "where", "std", "var", "max", "min",
     "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "max_pool1d", "max_pool2d", "max_pool3d",
+    "max_pool1d", "max_pool2d", "max_pool3d", "repeat_interleave",
 }  # fmt: skip
 # Python functions that end in one operator whose result lies in new memory, if they do not work in place.
 FRESH_FUNCTIONS = {
@@ -69,7 +69,8 @@ def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
         module = modules[node.target]
         deaf = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))  # do not pass their argument on
         works_in_place = not deaf and getattr(module, "inplace", False) not in (False, None)
-        written += _first_argument(node) if works_in_place else []
+        first = _first_argument(node) if works_in_place else []
+        written += first if len(first) == 1 else []  # one that takes a list is no activation function
     elif node.op in ("call_function", "call_method"):
         if _is_in_place(node, name):
             written += _first_argument(node)

@@ -58,7 +58,11 @@ def static_type(node: fx.Node, module: nn.Module | None) -> type | None:
         plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, several)
         return Tensor if plain and not getattr(module, "return_indices", False) else None
     arguments = [a.meta["type"] if isinstance(a, fx.Node) else type(a) for a in node.args]
+    if node.target in _LIMITS:
+        return node.target
     if node.target is getattr:
+        if arguments[0] in _LIMITS:
+            return _LIMITS[arguments[0]]
         known = Tensor if node.args[1] in ("T", "mT", "H", "mH", "data", "real", "imag", "grad") else None
         return _ATTRIBUTE_TYPES.get(node.args[1], known) if arguments[0] is Tensor else None
     name = node.target if node.op == "call_method" else node.target.__name__
@@ -104,8 +108,7 @@ def rebound(function: object, memo: dict) -> types.FunctionType | None:
     Args:
         memo: of one trace; by function what it became.
     """
-    plain = type(function) is types.FunctionType and not (function.__module__ or "").startswith(("torch.", "numpy."))
-    if not plain:
+    if type(function) is not types.FunctionType or (function.__module__ or "").split(".")[0] in ("torch", "numpy"):
         return None
     if function not in memo:
         operations = {i.opname for i in get_instructions(function.__code__)}
@@ -256,5 +259,7 @@ _FACTORIES = {
     torch.logspace, torch.normal, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm,
     torch.scalar_tensor, torch.tensor, torch.tril_indices, torch.triu_indices, torch.zeros,
 }  # fmt: skip
-_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **{f.__name__: recorded(f) for f in _FACTORIES})
+_LIMITS = {torch.finfo: float, torch.iinfo: int}  # of types, and what their attributes are
+_RECORDED = {f.__name__: recorded(f) for f in (*_FACTORIES, *_LIMITS)}
+_TORCH = _Module(torch, is_tensor=_is_tensor, is_grad_enabled=_is_grad_enabled, **_RECORDED)
 _ANSWERS = {isinstance: _isinstance, hasattr: _hasattr} | {getattr(torch, key): f for key, f in vars(_TORCH).items() if callable(f)}

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -175,6 +175,8 @@ def explain(error: BaseException) -> str:
     """Where the traced code raised `error`, and what, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`, " if frames else ""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"{place}which depends on the values of tensors"
     reason = " ".join(str(error).split()).partition(". ")[0][:200]
     return f"{place}{reason}" if isinstance(error, Untraceable) else f"{place}{type(error).__name__}: {reason}"
 
@@ -446,10 +448,12 @@ class _Tracer(fx.Tracer):
             if is_dataclass(a):
                 values = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
                 return self.create_node("call_function", type(a), (), values)
-            if type(a) is not OrderedDict:
-                raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")
-            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
+            if type(a) is OrderedDict:
+                return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        with contextlib.suppress(NotImplementedError):
+            if not isinstance(a, dict) or type(a) is dict:
+                return super().create_arg(a)
+        raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")
 
     def _attribute(self, name: str) -> fx.Node:
         if name not in self._attributes:

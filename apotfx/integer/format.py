@@ -5,10 +5,12 @@ magnitude, and the sign as the highest bit), and as float32 whatever is not quan
 float layers. `manifest.json` says what the codes mean; see manifest.schema.json. Nothing is pickled.
 """
 
+import copy
 import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from apotfx.integer.program import OPERATORS, Affine, Constant, Program
 from apotfx.reproducible import AttachedBatchNorm, folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
+from apotfx.graph.passes import leave_in_float
 
 MAX_HEADER_BYTES = 2**24  # of safetensors
 DTYPES = {
@@ -59,6 +62,9 @@ def export_integer(
     input_shape: Sequence[int] | None = None,
 ) -> Path:
     """Write the quantized network to the new directory `path`: written beside it first, then renamed.
+
+    Layers that neither calibration nor training has reached, such as auxiliary heads inside a module that tracing kept
+    whole, are written in float, which a warning says.
 
     Args:
         qmodel: what `quantize` returned, float32, on any device.
@@ -76,10 +82,13 @@ def export_integer(
     if not layers or not record_of(qmodel):
         raise ApotfxError("export: the model has no quantized layer; pass what apotfx.quantize returned")
     if names := uncalibrated(qmodel):
-        raise ApotfxError(
-            f"export: the clips of {', '.join(names[:5])}{' ...' * (len(names) > 5)} never saw data; calibrate the network or "
-            "train it first"
-        )
+        listed = f"{', '.join(names[:5])}{' ...' * (len(names) > 5)}"
+        if len(names) == len(layers) or any(node.target in names for node in graph_of(qmodel).nodes):
+            raise ApotfxError(f"export: the clips of {listed} never saw data; calibrate the network or train it first")
+        warnings.warn(f"export: layers {listed} never saw data; they are written in float", stacklevel=2)
+        qmodel = copy.deepcopy(qmodel)
+        leave_in_float(qmodel, dict.fromkeys(names, "no data reached it before the export"))
+        layers = {name: layer for name, layer in layers.items() if name not in names}
     program = build_program(qmodel)
     norms = norms_of(program, qmodel)
     _require_finite(layers, norms)
