@@ -1,18 +1,22 @@
 """What is loaded or trained a thousand times leaves nothing behind."""
 
+import copy
 import ctypes
 import gc
 import linecache
+import pickle
 import sys
+import traceback
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import MIXED, policy, trained
-from torch import nn
+from torch import fx, nn
 from torch.fx import graph_module
 
-from apotfx import ApotfxError, calibrate, export_integer, load_integer, quantize
-from apotfx.generated_code import forgets_sources, require_writable_names
+from apotfx import ApotfxError, calibrate, export_integer, load_integer, plan, quantize, summary, trace
+from apotfx.generated_code import require_writable_names
 from apotfx.training.augment import Augment
 from apotfx.training.data import Split, TrainBatches
 
@@ -109,31 +113,86 @@ def step():
     return do
 
 
-@pytest.mark.parametrize("what", ["load", "refuse", "step"])
+class Float(nn.Module):
+    """With all that is made anew in tracing: modules of functions, constants, another attention, a part kept whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.whole = Whole()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.conv(x).relu_().flatten(2).transpose(1, 2)
+        x = F.dropout(self.attention(x, x, x)[0], 0.1, self.training) + torch.arange(4.0)
+        return self.fc(self.whole(F.layer_norm(x, (4,))).mean(1))
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 1e9 else self.fc(-x)
+
+
+X = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def make():
+    """Tracing, quantizing and copying in all ways."""
+    model = Float()
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1)))
+
+    def do():
+        trace(Float())
+        plan(model, policy())
+        quantize(graph, policy(), example_inputs=X)
+        qmodel = calibrate(quantize(model, policy(), example_inputs=X), [X])
+        summary(qmodel, X)
+        copy.deepcopy(qmodel)(X)
+        pickle.loads(pickle.dumps(qmodel))(X)
+
+    return do
+
+
+WHAT = ["load", "refuse", "step", "make"]
+
+
+@pytest.mark.parametrize("what", WHAT)
 def test_nothing_is_left_behind(what, request):
     check_constant(request.getfixturevalue(what), count=40, warmup=50)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("what", ["load", "refuse", "step"])
+@pytest.mark.parametrize("what", WHAT)
 def test_2000_times_end_where_they_began(what, request):
     check_constant(request.getfixturevalue(what), count=2000, warmup=100, most_bytes=MEBIBYTE)
 
 
-def test_the_source_of_what_lives_is_kept():
-    @forgets_sources
-    def compiled():
-        first = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
-        first.recompile()
-        return first
-
+@pytest.mark.parametrize("make", [
+    lambda: quantize(Float(), policy()), lambda: copy.deepcopy(trace(Float())),
+    lambda: pickle.loads(pickle.dumps(trace(Float()))),
+], ids=["quantize", "copy", "pickle"])  # fmt: skip
+def test_the_source_of_what_lives_is_in_tracebacks(make):
     before = set(graph_module._loader.eval_cache)
-    module = compiled()
+    network = make()
+    with pytest.raises(RuntimeError) as error:
+        network(torch.zeros(1, 3, 4, 4))
+    frames = traceback.extract_tb(error.value.__traceback__)
+    lines = [frame.line for frame in frames if "eval_with_key" in frame.filename]
+    assert len(lines) == 1 and lines[0].startswith("conv = self.conv(")
     (name,) = graph_module._loader.eval_cache.keys() - before
-    assert "relu" in "".join(linecache.getlines(name)).lower() or "forward" in "".join(linecache.getlines(name))
-    del module
+    network.recompile()
     gc.collect()
-    assert graph_module._loader.eval_cache.keys() == before and name not in linecache.cache
+    (other,) = graph_module._loader.eval_cache.keys() - before
+    assert other != name and name not in linecache.cache and other in linecache.cache
+    del network, error, frames
+    gc.collect()
+    assert graph_module._loader.eval_cache.keys() == before and other not in linecache.cache
 
 
 @pytest.mark.parametrize("name", ["class", "None", "lambda", 'x"y', "a\nb", "\\"])

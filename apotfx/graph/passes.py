@@ -13,6 +13,7 @@ from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
 from apotfx.attention import split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
+from apotfx.generated_code import forgetting
 from apotfx.layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
 from apotfx.graph.modularize import layers_as_modules
 from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
@@ -60,12 +61,14 @@ class Prepared:
         kept: dict[str, str] = {}
         self.unchecked = self_check
         while True:
-            self.copied = copy.deepcopy(model)
+            with forgetting():  # of what is a graph already
+                self.copied = copy.deepcopy(model)
             self._attention = split_attention(self.copied)
             self.model = trace(self.copied, concrete_args=concrete_args, example_inputs=example_inputs, kept=kept)
             if not self_check or example_inputs is None or not isinstance(self.model, Network):
                 break
-            untouched = copy.deepcopy(model) if self._attention else None
+            with forgetting():
+                untouched = copy.deepcopy(model) if self._attention else None
             try:
                 found = difference(self.model, *bind(example_inputs), untouched, concrete_args or {})
             except ApotfxError:  # the examples, which stand for shapes only, are no inputs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
-from apotfx.generated_code import forgets_sources, require_writable_names
+from apotfx.generated_code import require_writable_names
 from apotfx.integer.format import (
     describe_batch_norms,
     describe_rectifier,
@@ -29,7 +29,6 @@ from apotfx.graph.network import load_reached_state, require_traceable
 BACKENDS = ("reference", "onednn")
 
 
-@forgets_sources
 def load_integer(
     path: str | os.PathLike,
     float_model: nn.Module,
@@ -69,7 +68,6 @@ def load_integer(
     return imodel
 
 
-@forgets_sources
 def assemble(
     manifest: dict,
     tensors: dict[str, Tensor],

@@ -18,6 +18,7 @@ from apotfx import kernels
 from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_plain
+from apotfx.generated_code import GraphModule
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
@@ -230,7 +231,7 @@ class _Fusion:
             else:
                 self._settle(operation.node, self._express(operation))
         self.graph.lint()
-        return fx.GraphModule(self.modules, self.graph)
+        return GraphModule(self.modules, self.graph)
 
     def _express(self, operation: Operation) -> Expression:
         node = operation.node
