@@ -15,11 +15,12 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, inspect_integer, read_integer
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.load import BACKENDS, assemble
-from apotfx.integer.manifest import MANIFEST, MAX_BYTES, parse_json, read_file
+from apotfx.integer.manifest import MANIFEST, MAX_BYTES, read_file
 from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, what_onednn_lacks
 from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
 from apotfx.operators import accumulator_bits, accumulator_bound
+from apotfx.tensors import parse_json
 
 QUANTIZED, REFERENCE, ONEDNN = "quantized", *BACKENDS
 ABSENT = "absent"
