@@ -390,7 +390,7 @@ class Trainer:
         """What goes on with this training: dicts of tensors, and JSON."""
         if self.average:
             self.average.copy_others()
-        state = {
+        return {
             "model": self.model.state_dict(),
             "ema": self.average.module.state_dict() if self.average else None,
             "ema_count": int(self.average.n_averaged) if self.average else 0,
@@ -404,11 +404,7 @@ class Trainer:
             "clock": self.clock.seconds,
             "best": self.best,
             "running": dict(zip(RUNNING, self.running.tolist(), strict=True)),
-            "random": {"torch": torch.get_rng_state()},
         }
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Those that are trained, by name, in the optimizer's order."""
@@ -435,7 +431,6 @@ class Trainer:
         self.clock.seconds = dict(state["clock"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], dict(state["best"])
         self.running.copy_(torch.tensor([state["running"][name] for name in RUNNING], dtype=torch.float64))
-        self._load_generators(state["random"], source)
 
     def _load_momentum(self, buffers: dict[str | int, Tensor], source: str) -> None:
         parameters = self._parameters()
@@ -451,14 +446,6 @@ class Trainer:
             # In the parameter's memory format, as the fused optimizer makes it.
             momentum = torch.empty_like(parameters[name], requires_grad=False).copy_(buffer)
             self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum
-
-    def _load_generators(self, states: dict[str, Tensor], source: str) -> None:
-        torch.set_rng_state(states["torch"])
-        if self.device.type == "cuda" and "cuda" in states:
-            try:
-                torch.cuda.set_rng_state(states["cuda"], self.device)
-            except RuntimeError:
-                raise ApotfxError(f"{source}: random/cuda is not the state of a generator") from None
 
 
 @torch.no_grad()
