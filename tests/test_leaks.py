@@ -182,15 +182,17 @@ def test_the_source_of_what_lives_is_in_tracebacks(make):
     network = make()
     with pytest.raises(RuntimeError) as error:
         network(torch.zeros(1, 3, 4, 4))
+    gc.collect()
     frames = traceback.extract_tb(error.value.__traceback__)
     lines = [frame.line for frame in frames if "eval_with_key" in frame.filename]
     assert len(lines) == 1 and lines[0].startswith("conv = self.conv(")
     (name,) = graph_module._loader.eval_cache.keys() - before
+    del error, frames
     network.recompile()
     gc.collect()
     (other,) = graph_module._loader.eval_cache.keys() - before
     assert other != name and name not in linecache.cache and other in linecache.cache
-    del network, error, frames
+    del network
     gc.collect()
     assert graph_module._loader.eval_cache.keys() == before and other not in linecache.cache
 

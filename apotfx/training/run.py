@@ -156,7 +156,7 @@ def _is_taken(path: Path) -> bool:
 
 def _require_no_run_around(path: Path) -> None:
     """Raises: ApotfxError: the directory `path` would lie in another run or in an export."""
-    for around in path.resolve().parents:
+    for around in Path(os.path.realpath(path)).parents:  # which takes links in a circle, too
         is_run = (around / CONFIG).is_file() and any((around / name).exists() for name in (LAST, RESULT, LOCK))
         if is_run or all((around / name).is_file() for name in (MANIFEST, WEIGHTS)):
             what = "run" if is_run else "export"
