@@ -3,6 +3,7 @@ import os
 import random
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -183,10 +184,19 @@ def test_a_kill_between_the_checkpoint_and_the_best_weights_costs_nothing(tmp_pa
     assert equal(found.state, expected.state) and found.best == expected.best == checkpoint.best
 
 
+@pytest.mark.parametrize(("others", "is_taken"), [({"seed": 1}, False), ({"engine": "eager"}, True)], ids=str)
+def test_best_weights_of_another_training_are_told(others, is_taken, tmp_path):
+    t, _ = stopped_after_an_epoch(tmp_path)
+    t.step += 1  # so that they cannot be written anew
+    save_checkpoint(tmp_path / "best.pt", t._identity() | {"config": asdict(replace(t.config, **others)), "model": t.model.state_dict()})
+    with nullcontext() if is_taken else pytest.raises(ApotfxError, match="is of another epoch or training, checkpoint.pt"):
+        t.require_best(tmp_path)
+
+
 def test_best_weights_that_are_lost_are_told(tmp_path):
     t, _ = stopped_after_an_epoch(tmp_path)
     t.step, t.best = t.step + 1, t.best | {"epoch": 2}
-    for what in ("is of epoch 1", "is missing"):
+    for what in ("is of another epoch or training", "is missing"):
         with pytest.raises(ApotfxError, match=f"best.pt: {what}, checkpoint.pt beside it says epoch 2; put it back"):
             t.require_best(tmp_path)
         (tmp_path / "best.pt").unlink(missing_ok=True)

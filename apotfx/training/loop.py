@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -374,15 +374,16 @@ class Trainer:
         """See to it that `best.pt` is of the epoch that this training, continued from its checkpoint, says.
 
         Raises:
-            ApotfxError: it is missing, or of another epoch.
+            ApotfxError: it is missing, or of another epoch or training.
         """
         if not self.best["epoch"] or not self.processes.is_main:
             return
         path = run_dir / BEST
-        found = read_checkpoint(path).best if path.exists() else None
-        if found != self.best:
+        found = read_checkpoint(path) if path.exists() else None
+        others = None if found is None or found.config is None else replace(found.config, engine=self.config.engine)
+        if found is None or found.best != self.best or others != self.config:
             if not self._has_just_ended(self.best["epoch"]):
-                what = "is missing" if found is None else f"is of epoch {found['epoch']}"
+                what = "is missing" if found is None else "is of another epoch or training"
                 raise ApotfxError(f"{path}: {what}, {LAST} beside it says epoch {self.best['epoch']}; put it back")
             self.save_best(run_dir)
 

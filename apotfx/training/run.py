@@ -135,7 +135,9 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Whether the directory `path` is now this process's for a new run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # a file
+    except FileExistsError:  # a file, or a link to none
+        if not os.path.lexists(path):  # but in the place of a parent
+            raise
         yield False
         return
     if _is_taken(path):
