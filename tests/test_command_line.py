@@ -29,8 +29,8 @@ from apotfx.integer import load
 from apotfx.training import config, data
 from apotfx.training.recipes import RECIPES
 
-TOOLS = ["train", "verify", "export", "ptq", "allocate", "sizes", "bench", "table", "plot_levels", "zoo"]
 DIRECTORY = Path(train.__file__).parent
+TOOLS = sorted(path.stem for path in DIRECTORY.glob("*.py") if "__main__" in path.read_text())
 SECONDS = 600  # after which a command line hangs; on a machine that does other things many of them take long
 
 
