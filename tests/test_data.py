@@ -408,6 +408,11 @@ def test_a_transparent_value_of_16_bits_is_white(tmp_path):
     assert (pixels[:, :10] == 3).all() and (pixels[:, 10:] == 255).all()
 
 
+def test_a_photograph_with_a_second_picture_is_read(tmp_path):
+    first, second = (Image.new("RGB", (30, 30), (value,) * 3) for value in (200, 0))
+    assert (pixels_of(first, tmp_path, "0.jpg", format="MPO", save_all=True, append_images=[second]) == 200).all()
+
+
 @pytest.mark.parametrize("format", ["EPS", "TGA", "ICO", "PCX"])
 def test_what_other_programs_or_rare_decoders_would_read_is_refused(tmp_path, format, monkeypatch):
     buffer = io.BytesIO()

@@ -35,7 +35,7 @@ MNIST_MEAN, MNIST_STD = (0.131,), (0.308,)  # as published
 MAX_FOLDER_IMAGE_SIZE = 224
 MAX_ASPECT_RATIO = 100  # images are resized by their shorter side
 # Of images, whatever their names say. Pillow hands others to other programs, such as EPS to Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_BYTES = 2**30  # of MNIST and such
 # The held-out images, and those to learn from, must not change with a run's seed, or runs could not be compared.
 VALIDATION_SEED = 0
