@@ -259,7 +259,7 @@ def test_loops_on_shapes_follow_example_inputs(loop, tmp_path):
     assert record_of(qmodel)["leaves"] == {} and names == ["a", "b"] and calls(qmodel, x) == ["a", "a", "b"]
 
 
-def test_a_module_whose_path_depends_on_the_mode_is_a_leaf():
+def test_where_the_path_depends_on_the_mode_the_graph_is_that_of_evaluation():
     class Modal(OnValues):
         def forward(self, x):
             return self.b(torch.relu(self.a(x)) if self.training else self.a(x))
@@ -267,8 +267,10 @@ def test_a_module_whose_path_depends_on_the_mode_is_a_leaf():
     x = torch.randn(5, 6)
     qmodel = trained(Around(Modal()), x)
     y = qmodel(x)
-    assert record_of(qmodel)["leaves"] == {"inner": "its forward takes another path in training than in evaluation"}
+    assert record_of(qmodel)["leaves"] == {} and qmodel.two_paths == ("inner",)
     assert not torch.equal(qmodel.train()(x), y) and torch.equal(qmodel.eval()(x), y)
+    qmodel.train().inner.eval()  # such as a backbone that is frozen
+    assert torch.equal(qmodel(x), y)
 
 
 def test_what_the_example_inputs_make_forward_raise_is_the_reason():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from apotfx.graph.facts import FUNCTIONAL_LAYERS, constant_nodes
 from apotfx.graph.operations import torch_name
-from apotfx.graph.tracing import ByMode, owner
+from apotfx.graph.tracing import ByMode, new_name, owner
 from apotfx.layers import FunctionalLayer
 from apotfx.modules import attribute
 from apotfx.reproducible import BATCH_NORMS, AttachedBatchNorm
@@ -40,7 +40,7 @@ def norms_as_modules(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         settings = given["eps"] == norm.eps and (training is False or given["momentum"] == norm.momentum)
         if paths != own or type(training) is not bool or not settings or isinstance(given["training"], bool) and training:
             continue
-        name = _new_name(modules, path, "batch_norm")
+        name = new_name(modules, path, "batch_norm")
         modules[name] = AttachedBatchNorm.to(norm, frozen=not training)
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.call_module(name, (given["input"],)))
@@ -119,7 +119,7 @@ def layers_as_modules(model: nn.Module) -> None:
         if settings is None:
             continue
         x, weight, bias = (settings.pop(key, None) for key in ("input", "weight", "bias"))
-        name = _new_name(modules, owner(node), torch_name(node))
+        name = new_name(modules, owner(node), torch_name(node))
         made_of = [None if tensor is None else Computed(model.original, tensor) for tensor in (weight, bias)]
         layer = modules[name] = FunctionalLayer(torch_name(node), *made_of, **settings).train(model.training)
         parent, _, key = name.rpartition(".")
@@ -209,12 +209,3 @@ def _layer_settings(node: fx.Node, constants: _Constants) -> dict | None:
 
 def _is_weight(value: object, dims: int) -> bool:
     return isinstance(value, Tensor) and value.dim() == dims and value.is_floating_point()
-
-
-def _new_name(modules: dict[str, nn.Module], scope: str, function: str) -> str:
-    """The module whose code makes a call, the function, and a number if the name is taken."""
-    count, key = 0, function
-    while hasattr(modules[scope], key) or f"{scope}.{key}".lstrip(".") in modules:
-        count += 1
-        key = f"{function}_{count}"
-    return f"{scope}.{key}".lstrip(".")

@@ -14,7 +14,7 @@ from apotfx.functional import is_traced
 from apotfx.generated_code import GraphModule, forgetting, require_writable_names
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
-from apotfx.graph.tracing import HOOKS, trace_graph
+from apotfx.graph.tracing import HOOKS, trace_graph, with_fixed
 from apotfx.layers import FunctionalLayer
 from apotfx.modules import attribute, has_hooks
 from apotfx.reproducible import AttachedBatchNorm
@@ -32,15 +32,26 @@ class Network(GraphModule):
         original: the module; what it holds, the network holds, and the other way round.
         meta: see `record_of`.
         absorbed: the activation functions that layers have taken over, as (names of the layers, the call that it was).
+        two_paths: the names of modules whose code takes another path in training. While any of them trains, the forward
+            of `original` runs in place of the graph, over the same modules.
+        fixed: the arguments of the original's forward that the network does not take, by name.
     """
 
-    def __init__(self, original: nn.Module, graph: fx.Graph, class_name: str):
+    def __init__(
+        self,
+        original: nn.Module,
+        graph: fx.Graph,
+        class_name: str,
+        two_paths: Sequence[str] = (),
+        fixed: Mapping[str, object] = MappingProxyType({}),
+    ):
         empty = fx.Graph()
         empty.output(None)
         super().__init__(nn.Module(), empty, class_name)
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
         vars(self).update({key: vars(original)[key] for key in shared}, original=original)
         vars(self).update({key: vars(original)[key].copy() for key in HOOKS})
+        vars(self).update(two_paths=tuple(two_paths), fixed=dict(fixed))
         vars(self).update(absorbed=[], _watched=[], _absorbing=True, _visible=None, _after=None)
         self.graph = graph
 
@@ -51,26 +62,35 @@ class Network(GraphModule):
 
         @functools.wraps(generated)
         def forward(self, *args, **kwargs):
-            if torch.compiler.is_compiling():
-                return generated(self, *args, **kwargs)
-            self._prepare(args, kwargs)
-            output = (generated if self._absorbing else self._visible)(self, *args, **kwargs)
-            if self._after is not None:
+            as_written, compiling = self.is_as_written, torch.compiler.is_compiling()
+            if not compiling:
+                self._prepare(as_written, args, kwargs)
+            if as_written:
+                args, kwargs = with_fixed(self.original, args, kwargs, self.fixed)
+                output = self.original.forward(*args, **kwargs)
+            else:
+                output = (generated if self._absorbing else self._visible)(self, *args, **kwargs)
+            if self._after is not None and not compiling:
                 self._after(self, args, output)
             return output
 
         cls.forward = forward
         return code
 
-    def _prepare(self, args: tuple, kwargs: dict) -> None:
-        seen = any(getattr(nn.modules.module, hooks) for hooks in GLOBAL_HOOKS)
+    @property
+    def is_as_written(self) -> bool:
+        """Whether the forward of `original` runs in place of the graph."""
+        return any(self.get_submodule(path).training for path in self.two_paths)
+
+    def _prepare(self, as_written: bool, args: tuple, kwargs: dict) -> None:
+        seen = as_written or any(getattr(nn.modules.module, hooks) for hooks in GLOBAL_HOOKS)
         absorbing = not seen and all(held.get(key) is m and not has_hooks(m) for held, key, m in self._watched)
         if absorbing != self._absorbing:
             vars(self)["_absorbing"] = absorbing
             for _, _, module in self._watched:
                 if hasattr(module, "rectifies"):
                     module.rectifies = absorbing
-        if not absorbing and self._visible is None:
+        if not absorbing and not as_written and self._visible is None:
             vars(self)["_visible"] = _generate(self._with_activations())
         if self.meta.get("unchecked") and self.training and torch.is_grad_enabled() and not is_traced():
             from apotfx.graph.selfcheck import require_same  # which needs networks
@@ -103,7 +123,8 @@ class Network(GraphModule):
         return super().train(mode)
 
     def __deepcopy__(self, memo: dict) -> "Network":
-        network = Network(copy.deepcopy(self.original, memo), copy.deepcopy(self.graph), type(self).__name__)
+        made_of = copy.deepcopy(self.original, memo), copy.deepcopy(self.graph), type(self).__name__
+        network = Network(*made_of, self.two_paths, self.fixed)
         memo[id(self)] = network
         own = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", "_after", *HOOKS}
         vars(network).update({key: copy.deepcopy(v, memo) for key, v in vars(self).items() if key not in own})
@@ -125,7 +146,7 @@ def _generate(graph: fx.Graph) -> Callable:
 def _restore(class_name: str, state: dict, imports: str) -> Network:
     with forgetting():
         graph = reduce_graph_module(dict(state), imports).graph
-    network = Network(state["original"], graph, class_name)
+    network = Network(state["original"], graph, class_name, state["two_paths"], state["fixed"])
     kept = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", "_after", *HOOKS}
     vars(network).update({key: value for key, value in state.items() if key not in kept})
     return network
@@ -144,7 +165,8 @@ def trace(
     `eval()` of the graph too. Random numbers stay random. What is written in place is seen by all later readers.
 
     A module that tracing cannot enter is kept whole, as one node. Where that is the model itself, there is no graph, and
-    the model is returned.
+    the model is returned. Where code takes another path in training than in evaluation, the graph is that of evaluation,
+    and training runs the model's own forward.
 
     Args:
         model: is changed where constants of the code become its buffers; pass a copy.
@@ -184,8 +206,8 @@ def trace(
     for node in traced.graph.nodes:  # so that a pickled graph calls them, and does not look inside
         own = node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0]
         node.meta["is_wrapped"] = own not in (False, "torch", "_operator", "builtins", "math")
-    network = Network(model, traced.graph, type(model).__name__)
-    network.meta["leaves"] = traced.leaves
+    network = Network(model, traced.graph, type(model).__name__, traced.two_paths, concrete_args or {})
+    network.meta.update(leaves=traced.leaves, in_training=traced.in_training)
     return network
 
 

@@ -14,11 +14,11 @@ from apotfx.attention import split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
 from apotfx.generated_code import forgetting
-from apotfx.layers import QUANT_LAYERS, Geometry, QuantLayer, float_type_of
+from apotfx.layers import QUANT_LAYERS, FunctionalLayer, Geometry, QuantLayer, float_type_of
 from apotfx.graph.modularize import layers_as_modules
 from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
 from apotfx.graph.selfcheck import difference
-from apotfx.graph.tracing import bind
+from apotfx.graph.tracing import TWO_PATHS, bind
 from apotfx.modules import attribute, has_hooks, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
@@ -65,22 +65,41 @@ class Prepared:
                 self.copied = copy.deepcopy(model)
             self._attention = split_attention(self.copied)
             self.model = trace(self.copied, concrete_args=concrete_args, example_inputs=example_inputs, kept=kept)
-            if not self_check or example_inputs is None or not isinstance(self.model, Network):
+            again = {}
+            if isinstance(self.model, Network):
+                if self.unchecked and example_inputs is not None:
+                    again = self._differing(model, *bind(example_inputs), kept)
+                if not again:
+                    again = self._make_layers()
+            if not again:
                 break
+            kept |= again
+            self.unchecked = self_check
+
+    def _differing(self, model: nn.Module, args: tuple, kwargs: dict, kept: Mapping[str, str]) -> dict[str, str]:
+        """By name, a module that must be kept whole as traced it computes something else, and why."""
+        try:
             with forgetting():
                 untouched = copy.deepcopy(model) if self._attention else None
-            try:
-                found = difference(self.model, *bind(example_inputs), untouched, concrete_args or {})
-            except ApotfxError:  # the examples, which stand for shapes only, are no inputs
-                break
-            self.unchecked = False
-            if found is None:
-                break
-            path, how = found
-            while path in kept:  # no module that is called
-                path = path.rpartition(".")[0]
-            kept[path] = f"traced, it would compute something else ({how})"
+            found = difference(self.model, args, kwargs, untouched)
+        except ApotfxError:  # the examples, which stand for shapes only, are no inputs
+            return {}
+        self.unchecked = False
+        if found is None:
+            return {}
+        path, how = found
+        while path in kept:  # no module that is called
+            path = path.rpartition(".")[0]
+        return {path: f"traced, it would compute something else ({how})"}
+
+    def _make_layers(self) -> dict[str, str]:
+        """Make functional layers modules. By name, the modules that must be kept whole for that, and why.
+
+        The model's own forward, which runs where training takes another path, would not call them.
+        """
         layers_as_modules(self.model)
+        made = any(isinstance(module, FunctionalLayer) for module in self.model.modules())
+        return dict.fromkeys(self.model.two_paths, TWO_PATHS) if made else {}
 
     def weight(self, name: str) -> Tensor:
         """The weight of a layer as its operator takes it, [C_out, ...]."""
@@ -131,6 +150,8 @@ def _planned(model: nn.Module, policy: BitPolicy, **settings) -> tuple[Prepared,
     _require_float(model)
     prepared = Prepared(model, **settings)
     layers = analyze(prepared.model, graph_of(prepared.model), prepared.leaves)
+    if graph := record_of(prepared.model).pop("in_training", None):
+        layers = _in_both_paths(layers, analyze(prepared.model, graph, prepared.leaves))
     layers = _alike_where_shared(layers, prepared.model)
     if not any(layer.obstacle is None for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in layers)
@@ -164,6 +185,27 @@ def _alike_where_shared(layers: list[LayerFacts], model: nn.Module) -> list[Laye
                 facts, is_first=first, is_last=last, feeds_batch_norm=normed, position_reason=reason
             )
     return [merged.get(facts.name, facts) for facts in layers]
+
+
+def _in_both_paths(layers: list[LayerFacts], in_training: list[LayerFacts]) -> list[LayerFacts]:
+    """What holds of layers in evaluation and in training, which takes other paths."""
+    others, merged = {facts.name: facts for facts in in_training}, []
+    for facts in layers:
+        other = others[facts.name]
+        if facts.obstacle is None and other.obstacle is None:
+            low, high = zip(facts.input_range, other.input_range)
+            newly = other.signed_input and not facts.signed_input
+            facts = replace(
+                facts,
+                signed_input=facts.signed_input or other.signed_input,
+                sign_reason=f"{other.sign_reason} in training" if newly else facts.sign_reason,
+                feeds_batch_norm=facts.feeds_batch_norm and other.feeds_batch_norm,
+                input_range=(min(low), max(high)),
+            )
+        elif other.obstacle is None:
+            facts = replace(facts, obstacle="called in training only")
+        merged.append(facts)
+    return merged
 
 
 def _require_float(model: nn.Module) -> None:
@@ -252,7 +294,7 @@ def quantize(
     prepared.finish(layers, {p.facts.name for p in resolved.layers if p.input is not None and not p.input.signed})
     use_engine(qmodel)
     synchronize_clips(qmodel)
-    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked, concrete_args=dict(concrete_args or {}))
+    record_of(qmodel).update(plan=resolved, unchecked=prepared.unchecked)
     return qmodel
 
 

@@ -5,10 +5,9 @@ format differs. What differs by more than float rounding is another network.
 """
 
 import functools
-import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +16,14 @@ from torch.utils import _pytree as pytree
 
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import Network
-from apotfx.graph.tracing import HOOKS, contents, put_back
+from apotfx.graph.tracing import HOOKS, contents, put_back, with_fixed
 from apotfx.layers import computing_in_float
 
 NOISE = 1e-3  # of a result's root mean square: float rounding stays below, another network does not
 
 
 def difference(
-    network: Network, args: tuple, kwargs: dict, model: nn.Module | None = None, fixed: Mapping[str, object] = {}
+    network: Network, args: tuple, kwargs: dict, model: nn.Module | None = None
 ) -> tuple[str, str] | None:
     """Where a network, its quantizers off, is not the module that it was traced from; None if it is.
 
@@ -34,7 +33,6 @@ def difference(
     Args:
         args, kwargs: what both are called with.
         model: what to compare with in evaluation; by default the module that was traced.
-        fixed: arguments of forward that the network does not take.
 
     Returns:
         (the smallest module whose calls differ, "" for the whole; how).
@@ -49,7 +47,7 @@ def difference(
             network.train(training)
             reference = network.original if model is None or training else model.eval()
             try:
-                expected = _run(reference.forward, *_with_fixed(reference, args, kwargs, fixed))
+                expected = _run(reference.forward, *with_fixed(reference, args, kwargs, network.fixed))
             except Exception as error:  # the model's own code may raise anything
                 if training:
                     continue  # such as for a single image, which a batch norm has no statistics of
@@ -62,7 +60,7 @@ def difference(
             except Exception as error:
                 wrong = f"raises {_line(error)}"
             if wrong is not None:
-                return _where(network, reference, args, kwargs, fixed), f"{wrong} in {mode}"
+                return _where(network, reference, args, kwargs), f"{wrong} in {mode}"
     return None
 
 
@@ -72,7 +70,7 @@ def require_same(network: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     try:
         network.meta["unchecked"] = False
-        found = difference(network, args, kwargs, fixed=network.meta["concrete_args"])
+        found = difference(network, args, kwargs)
     except ApotfxError:  # the inputs are none; the call that follows says why
         network.meta["unchecked"] = True
         return
@@ -82,14 +80,6 @@ def require_same(network: nn.Module, args: tuple, kwargs: dict) -> None:
             f"{path or 'the model'}: tracing changed what it computes ({how}); pass such inputs to quantize as "
             "example_inputs, which then keeps it whole"
         )
-
-
-def _with_fixed(model: nn.Module, args: tuple, kwargs: dict, fixed: Mapping[str, object]) -> tuple[tuple, dict]:
-    """The arguments of `model.forward`, `fixed` among them, by name where there are any."""
-    if not fixed:
-        return args, kwargs
-    free = [name for name in inspect.signature(model.forward).parameters if name not in fixed]
-    return (), dict(zip(free, args)) | kwargs | dict(fixed)
 
 
 def _line(error: Exception) -> str:
@@ -134,13 +124,11 @@ def _describe(x: object) -> str:
     return f"{str(x.dtype)} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _where(
-    network: Network, reference: nn.Module, args: tuple, kwargs: dict, fixed: Mapping[str, object]
-) -> str:
+def _where(network: Network, reference: nn.Module, args: tuple, kwargs: dict) -> str:
     """The module whose code calls the first leaf module that gets other inputs in the network than in `reference`."""
     leaves = {node.target for node in network.graph.nodes if node.op == "call_module"}
     runs = []
-    for model, forward in ((reference, functools.partial(reference.forward, **fixed)), (network, network)):
+    for model, forward in ((reference, functools.partial(reference.forward, **network.fixed)), (network, network)):
         calls: list[tuple[str, object]] = []
         handles = [
             module.register_forward_pre_hook(

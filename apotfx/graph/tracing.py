@@ -44,6 +44,7 @@ METADATA = {
     "is_complex", "is_contiguous", "is_sparse", "is_quantized", "is_nested", "is_meta", "is_leaf", "__len__",
     "element_size", "itemsize", "is_signed", "grad_fn", "storage_offset", "is_nonzero_metadata", "_is_view",
 }  # fmt: skip
+TWO_PATHS = "its forward takes another path in training than in evaluation"
 _LOCK = threading.RLock()  # torch.fx numbers generated code without one
 
 
@@ -53,13 +54,17 @@ class Traced(NamedTuple):
     Attributes:
         graph: of the forward; None if it cannot be traced.
         leaves: by module name why a module of the user's was kept whole; "" for the model itself.
-        additions: what the graph reads besides the model, by name: constants that the code made, as tensors, and
-            constants that follow the mode.
+        additions: what the graphs read besides the model, by name: constants that the code made, as tensors, and
+            modules that stand for constants that follow the mode.
+        two_paths: the names of the modules whose code takes another path in training; `graph` is that of evaluation.
+        in_training: the graph of these modules' training; None if there are none.
     """
 
     graph: fx.Graph | None
     leaves: dict[str, str]
-    additions: dict[str, "Tensor | ByMode"]
+    additions: dict[str, Tensor | nn.Module]
+    two_paths: tuple[str, ...] = ()
+    in_training: fx.Graph | None = None
 
 
 class ByMode(nn.Module):
@@ -96,49 +101,74 @@ def trace_graph(
         refused: of a graph, its modules and its constants, why modules must be kept whole all the same, by name; may
             edit the graph and add modules.
     """
-    kept = dict(kept)
-    if "" in kept:
-        return Traced(None, {"": kept[""]}, {})
+    kept, two_paths = dict(kept), set()
     with _LOCK, torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        while True:
-            tracers = []
-            for toggled in (False, True):
-                tracer = _Tracer(model, concrete_args, example_inputs, kept)
-                try:
-                    with _toggled(model) if toggled else nullcontext():
-                        tracer.run()
-                except ApotfxError:
-                    raise
-                except Exception as error:  # tracing runs the model's own code, which may raise anything
-                    return Traced(None, {"": explain(error)}, {})
-                tracers.append(tracer)
-            here, there = tracers
-            again = {k: v for k, v in (here.leaves | there.leaves).items() if (k in here.leaves) != (k in there.leaves)}
-            by_mode: dict[str, ByMode] = {}
-            if not again:  # leaves in one mode are leaves in both
-                again = _follow_mode(here, there, by_mode)
-            modules = here.modules | by_mode
-            if not again:
-                again = refused(here.graph, modules, here.constants)
-            if "" in again:
-                return Traced(None, {"": again[""]}, {})
-            if not again:
-                added = {name: module for name, module in modules.items() if name not in here.modules}
-                return Traced(here.graph, here.leaves, here.constants | added)
-            kept |= again
+        while "" not in kept:
+            own = dict(model.named_modules())
+            modules, constants, leaves, graphs = own.copy(), {}, {}, []
+            for training in (False, True) if two_paths else (False,):
+                pinned = {own[path]: training for path in two_paths}
+                make = functools.partial(_Tracer, model, concrete_args, example_inputs, kept, len(constants))
+                tracer, again = _in_both_modes(make, pinned, modules)
+                again = again or refused(tracer.graph, modules, tracer.constants)
+                if again:
+                    break
+                graphs.append(tracer.graph)
+                leaves |= tracer.leaves
+                constants |= tracer.constants
+            else:
+                added = {name: module for name, module in modules.items() if name not in own}
+                return Traced(graphs[0], leaves, constants | added, tuple(sorted(two_paths)), *graphs[1:])
+            splits = {path for path, reason in again.items() if reason is TWO_PATHS} - two_paths
+            inner = {path for path in splits if any(_is_inside(path, other) for other in splits)}
+            kept |= {path: reason for path, reason in again.items() if path not in splits}
+            two_paths = (two_paths | (splits - inner)) - kept.keys()  # what is inside may differ for that alone
+    return Traced(None, {"": kept[""]}, {})
+
+
+def _in_both_modes(
+    make: Callable[[], "_Tracer"], pinned: Mapping[nn.Module, bool], modules: dict[str, nn.Module]
+) -> tuple["_Tracer", dict[str, str]]:
+    """Trace in the mode at hand and in the other one.
+
+    Args:
+        pinned: modules that are in the same mode both times: whether in training.
+        modules: of the model, by name; what the graph calls besides is added.
+
+    Returns:
+        (the tracer of the mode at hand, by name why modules have to be kept whole).
+    """
+    tracers = []
+    for toggled in (False, True):
+        tracer = make()
+        try:
+            with _modes(tracer.root, pinned, toggled):
+                tracer.run()
+        except ApotfxError:
+            raise
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            return tracer, {"": explain(error)}
+        tracers.append(tracer)
+    here, there = tracers
+    again = {k: v for k, v in (here.leaves | there.leaves).items() if (k in here.leaves) != (k in there.leaves)}
+    return here, again or _follow_mode(here, there, modules)  # leaves in one mode are leaves in both
 
 
 @contextmanager
-def _toggled(model: nn.Module) -> Iterator[None]:
-    """While active, every module that trains evaluates, and the other way round."""
+def _modes(model: nn.Module, pinned: Mapping[nn.Module, bool], toggled: bool) -> Iterator[None]:
+    """While active, `pinned` modules are in their mode, and if `toggled`, all others in the one in which they are not."""
     modes = [(module, module.training) for module in model.modules()]
     for module, training in modes:
-        module.training = not training
+        module.training = pinned.get(module, training != toggled)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def explain(error: BaseException) -> str:
@@ -154,6 +184,14 @@ def bind(inputs: Tensor | Sequence | Mapping[str, object]) -> tuple[tuple, dict]
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def with_fixed(model: nn.Module, args: tuple, kwargs: dict, fixed: Mapping[str, object]) -> tuple[tuple, dict]:
+    """All arguments of `model.forward`: those of a network, and those that were `fixed` when it was traced."""
+    if not fixed:
+        return args, kwargs
+    free = [name for name in inspect.signature(model.forward).parameters if name not in fixed]
+    return (), dict(zip(free, args)) | kwargs | dict(fixed)
 
 
 # What a graph may hold besides torch's functions.
@@ -202,6 +240,7 @@ class _Tracer(fx.Tracer):
         concrete_args: Mapping[str, object] = MappingProxyType({}),
         example_inputs: object = None,
         kept: Mapping[str, str] = MappingProxyType({}),
+        first_constant: int = 0,
     ):
         super().__init__()  # pickled graphs make a tracer without arguments
         self.leaves: dict[str, str] = {}
@@ -211,7 +250,7 @@ class _Tracer(fx.Tracer):
         self.root, self.graph, self.tensor_attrs = model, fx.Graph(), {}
         self.modules = dict(model.named_modules())
         self.submodule_paths = {module: name for name, module in self.modules.items()}
-        self._kept, self._concrete_args = kept, concrete_args
+        self._kept, self._concrete_args, self._first_constant = kept, concrete_args, first_constant
         self._inputs = None if example_inputs is None else bind(example_inputs)
         self._shapes = None if example_inputs is None else _Shapes(self)
         self.tensors = dict(_tensors(model))
@@ -398,7 +437,7 @@ class _Tracer(fx.Tracer):
             raise Untraceable(f"its forward passes the module {self.submodule_paths.get(a, type(a).__name__)} to a function")
         if isinstance(a, Tensor):
             if id(a) not in self._names:
-                self._names[id(a)] = name = f"_tensor_constant{len(self.constants)}"
+                self._names[id(a)] = name = f"_tensor_constant{self._first_constant + len(self.constants)}"
                 self.constants[name] = a
             return self._attribute(self._names[id(a)])
         if isinstance(a, dict) and type(a) is not dict:
@@ -754,12 +793,20 @@ def owner(node: fx.Node) -> str:
     return callers[-1] if callers else ""
 
 
-def _follow_mode(here: _Tracer, there: _Tracer, by_mode: dict[str, ByMode]) -> dict[str, str]:
+def new_name(modules: Mapping[str, nn.Module], scope: str, function: str) -> str:
+    """The module whose code makes a call, the function, and a number if the name is taken."""
+    count, key = 0, function
+    while hasattr(modules[scope], key) or f"{scope}.{key}".lstrip(".") in modules:
+        count += 1
+        key = f"{function}_{count}"
+    return f"{scope}.{key}".lstrip(".")
+
+
+def _follow_mode(here: _Tracer, there: _Tracer, modules: dict[str, nn.Module]) -> dict[str, str]:
     """Make constants that differ between the graphs of both modes follow the mode, in the graph of `here`.
 
-    Adds to `by_mode` what the graph then calls. Returns why modules have to be kept whole, where more differs.
+    Adds to `modules` what the graph then calls. Returns why modules have to be kept whole, where more differs.
     """
-    two_paths = "its forward takes another path in training than in evaluation"
     graphs = [list(tracer.graph.nodes) for tracer in (here, there)]
     calls: list[dict[str, list]] = [defaultdict(list), defaultdict(list)]
     for nodes, by_module in zip(graphs, calls):
@@ -767,7 +814,7 @@ def _follow_mode(here: _Tracer, there: _Tracer, by_mode: dict[str, ByMode]) -> d
             by_module[owner(node)].append((node.op, node.target))
     differing = [path for path in calls[0].keys() | calls[1].keys() if calls[0][path] != calls[1][path]]
     if differing or len(graphs[0]) != len(graphs[1]):
-        return dict.fromkeys(differing or [""], two_paths)
+        return dict.fromkeys(differing or [""], TWO_PATHS)
     twins = dict(zip(*graphs))
     for node, twin in list(twins.items()):
         mine, form = _leaves(node)
@@ -780,14 +827,13 @@ def _follow_mode(here: _Tracer, there: _Tracer, by_mode: dict[str, ByMode]) -> d
                 same &= twins.get(a) is b
             elif type(a) is not type(b) or a != b:
                 scope = owner(node)
-                name = f"{scope}.by_mode_{len(by_mode)}" if scope else f"by_mode_{len(by_mode)}"
+                name = new_name(modules, scope, "by_mode")
                 training = here.modules[scope].training
-                by_mode[name] = ByMode(a, b) if training else ByMode(b, a)
-                by_mode[name].train(training)
+                modules[name] = (ByMode(a, b) if training else ByMode(b, a)).train(training)
                 with here.graph.inserting_before(node):
                     mine[i] = here.graph.create_node("call_module", name)
         if not same:
-            return {owner(node): two_paths}
+            return {owner(node): TWO_PATHS}
         remaining = iter(mine)
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda _: next(remaining))
     return {}
