@@ -370,8 +370,10 @@ def test_metadata_go_into_the_manifest(tmp_path):
 @pytest.mark.parametrize("metadata, message", [
     ({"a": math.nan}, "export: the metadata are not JSON .*; pass texts, finite numbers and such"),
     ({"a": torch.zeros(1)}, "export: the metadata are not JSON"),
+    ({"a": 10**30}, "export: no reader would take the manifest, not JSON .the number 10{19}.; pass simpler metadata"),
+    ({"a": json.loads("[" * 40 + "]" * 40)}, "export: no reader would take the manifest, not JSON .nested more than 32"),
     (["a"], r'export: metadata is \["a"\], expected an object, whatever the exporting program wanted to keep'),
-], ids=["nan", "tensor", "list"])  # fmt: skip
+], ids=["nan", "tensor", "long", "deep", "list"])  # fmt: skip
 def test_metadata_that_are_no_json_are_refused(metadata, message, tmp_path):
     with pytest.raises(ApotfxError, match=message):
         export_integer(trained(policy())[0], tmp_path / "export", metadata)

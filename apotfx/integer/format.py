@@ -40,7 +40,7 @@ from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.state import uncalibrated
-from apotfx.tensors import MAX_HEADER_BYTES, Damaged, printable, read_tensors
+from apotfx.tensors import MAX_HEADER_BYTES, Damaged, parse_json, printable, read_tensors
 from apotfx.reproducible import folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
@@ -96,7 +96,12 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     manifest["manifest_sha256"] = checksum(manifest)
     if problem := find_problem(manifest):
         raise ApotfxError(f"export: {problem}")
-    write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
+    content = json.dumps(manifest, indent=1).encode()
+    try:
+        parse_json(content)
+    except Damaged as error:
+        raise ApotfxError(f"export: no reader would take the manifest, {error}; pass simpler metadata") from None
+    write_directory(path, {WEIGHTS: weights, MANIFEST: content})
     return path
 
 
