@@ -1,6 +1,7 @@
 """Files and directories written whole or not at all: a crash, a kill or a full disk leaves what was there before."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -51,10 +52,13 @@ def write_atomic(path: str | os.PathLike, data: bytes, mode: int = 0o666) -> Non
         mode: of the file, less the process's umask.
 
     Raises:
-        OSError: the write failed (disk full, no permission), with `path`, which is then as it was before.
+        OSError: the write failed (disk full, no permission), or `path` is a directory, a pipe or a device such as
+            /dev/null, which root would replace; with `path`, which is then as it was before.
     """
     path = Path(path)
     try:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise FileExistsError(errno.EEXIST, "is not a file")
         with _temporary_beside(path, mode) as (temporary, descriptor):
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(data)

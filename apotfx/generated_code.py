@@ -1,19 +1,15 @@
 """The Python code that torch.fx writes for a traced module: what it cannot write, and what it would never forget."""
 
-import functools
-import inspect
 import keyword
 import linecache
 import weakref
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import fx, nn
 from torch.fx import graph_module
 
 from .errors import ApotfxError
-
-P, T = ParamSpec("P"), TypeVar("T")
 
 
 def require_writable_names(model: nn.Module) -> None:
@@ -25,30 +21,24 @@ def require_writable_names(model: nn.Module) -> None:
                     raise ApotfxError(f"{kind[:-1]} {name!r}: torch.fx cannot write {part!r} as code; rename it")
 
 
-def forgets_sources(make: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that compiles graphs, and returns a module: torch.fx keeps the source of each for ever.
+class GraphModule(fx.GraphModule):
+    """torch.fx's, which keeps the source of what it compiles for ever; here it goes together with the code."""
 
-    What was compiled on the way is forgotten at once, and what the result consists of together with it.
-    """
+    def recompile(self) -> fx.graph.PythonCode:
+        code, forward = super().recompile(), type(self).forward
+        weakref.finalize(forward, _forget, forward.__code__.co_filename).atexit = False
+        return code
 
-    @functools.wraps(make)
-    def make_and_forget(*args: P.args, **kwargs: P.kwargs) -> T:
-        before, made = set(_sources()), None
-        try:
-            made = make(*args, **kwargs)
-            return made
-        finally:
-            modules = made.modules() if isinstance(made, nn.Module) else ()
-            graphs = (module for module in modules if isinstance(module, fx.GraphModule))
-            forwards = (inspect.unwrap(type(module).forward) for module in graphs)
-            living = {forward.__code__.co_filename: forward for forward in forwards}
-            for name in _sources().keys() - before:
-                if name in living:
-                    weakref.finalize(living[name], _forget, name).atexit = False
-                else:
-                    _forget(name)
 
-    return make_and_forget
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Forget the sources of what torch.fx compiles meanwhile."""
+    before = set(_sources())
+    try:
+        yield
+    finally:
+        for name in _sources().keys() - before:
+            _forget(name)
 
 
 def _sources() -> dict[str, str]:

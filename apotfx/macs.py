@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .attention import PROJECTIONS, obstacle, split_projections
+from .generated_code import GraphModule
 from .graph.facts import is_layer
 from .graph.operations import torch_name, undecorated
 
@@ -215,7 +216,7 @@ def _with_functions_counted(model: nn.Module, counter: MacCounter, rows: set[str
     found = [node for node in copies if node.name in rows and node.op in ("call_function", "call_method")]
     for node in found:
         copies[node].target, copies[node].op = _telling(node, counter), "call_function"
-    return fx.GraphModule(model, graph) if found else model
+    return GraphModule(model, graph) if found else model
 
 
 def _telling(node: fx.Node, counter: MacCounter) -> Callable:

@@ -19,6 +19,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER_BYTES = 2**23  # a thousand times that of a ResNet-50
+MAX_VALUES = 2**22  # of JSON, which take many times the memory of their text
+MAX_DEPTH = 32
 MAX_DIMENSIONS = 16
 _LENGTH_BYTES = 8
 _MAX_DIGITS = 20
@@ -70,6 +72,17 @@ def unpack(data: bytes, kind: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, document
 
 
+def read_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of any safetensors file, which own their memory.
+
+    Raises:
+        Damaged: it is none, or has tensors of other types than `DTYPES`.
+    """
+    header, start = _read_header(data)
+    header.pop("__metadata__", None)
+    return _read_tensors(header, memoryview(data)[start:])
+
+
 def digest(tensor: Tensor) -> str:
     """The SHA-256 of type, shape and values of a CPU tensor."""
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -87,22 +100,45 @@ def parse_json(text: str | bytes) -> object:
     """JSON in which keys are unique and numbers are finite and of a sensible length.
 
     Raises:
-        Damaged: it is not.
+        Damaged: it is not, or larger or deeper than any of this package's.
     """
     try:
-        return json.loads(
+        marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
+        if (count := sum(map(text.count, marks))) > MAX_VALUES:
+            raise ValueError(f"{count} values, expected at most {MAX_VALUES}")
+        value = json.loads(
             text, object_pairs_hook=_unique, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse
         )
-    except Damaged:
-        raise
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise Damaged(f"not JSON ({printable(error)})") from None
+        _require_flat(value)
+        return value
+    except RecursionError:
+        problem = f"nested more than {MAX_DEPTH} deep"
+    except MemoryError:
+        problem = "larger than the memory"
+    except ValueError as error:
+        problem = printable(error)
+    raise Damaged(f"not JSON ({problem})")
+
+
+def _require_flat(value: object) -> None:
+    """Raises: RecursionError: there are more than `MAX_DEPTH` objects or lists in each other."""
+    layer = [value]
+    for _ in range(MAX_DEPTH):
+        layer = [x for values in _containers(layer) for x in (values.values() if isinstance(values, dict) else values)]
+    if _containers(layer):
+        raise RecursionError
+
+
+def _containers(values: list) -> list:
+    return [x for x in values if isinstance(x, (dict, list))]
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise Damaged("a key twice in one JSON object")
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {json.dumps(twice)} twice")
     return unique
 
 
@@ -116,7 +152,7 @@ def _parse_float(digits: str) -> float:
 
 
 def _refuse(number: str) -> NoReturn:
-    raise Damaged(f"the number {number[:_MAX_DIGITS]}")
+    raise ValueError(f"the number {number[:_MAX_DIGITS]}")
 
 
 def printable(what: object, most: int = 80) -> str:

@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
 from urllib.error import URLError
 
 import numpy as np
@@ -390,6 +391,35 @@ RAMP = np.linspace(0, 1, 900).reshape(30, 30)
 def test_of_16_bits_the_upper_8_are_kept(tmp_path, name):
     values = (RAMP * 65535).round().astype(np.uint16)
     assert torch.equal(gray(values, tmp_path, name), torch.from_numpy(values // 256).to(torch.uint8))
+
+
+@pytest.mark.parametrize("most", [65535, 4095, 256])
+def test_of_a_pgm_with_more_than_8_bits_the_upper_8_are_kept(tmp_path, most):
+    values = (RAMP * most).round().astype(np.uint16)
+    content = b"P5 30 30 %d\n" % most + values.astype(">u2").tobytes()
+    expected = (values.astype(np.float64) / most * 65535).round().astype(np.int64) // 256
+    assert torch.equal(pixels_of(content, tmp_path, "0.pgm")[0], torch.from_numpy(expected).to(torch.uint8))
+
+
+def test_a_transparent_value_of_16_bits_is_white(tmp_path):
+    values = np.full((30, 30), 777, np.uint16)
+    values[:10] = 778
+    pixels = pixels_of(Image.fromarray(values), tmp_path, transparency=777)
+    assert (pixels[:, :10] == 3).all() and (pixels[:, 10:] == 255).all()
+
+
+def test_a_photograph_with_a_second_picture_is_read(tmp_path):
+    first, second = (Image.new("RGB", (30, 30), (value,) * 3) for value in (200, 0))
+    assert (pixels_of(first, tmp_path, "0.jpg", format="MPO", save_all=True, append_images=[second]) == 200).all()
+
+
+@pytest.mark.parametrize("format", ["EPS", "TGA", "ICO", "PCX"])
+def test_what_other_programs_or_rare_decoders_would_read_is_refused(tmp_path, format, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30)).save(buffer, format)
+    monkeypatch.setattr(subprocess, "check_call", None)  # which would start Ghostscript
+    with pytest.raises(ApotfxError, match=r"test/cat/0.png cannot be decoded \(cannot identify image file"):
+        pixels_of(buffer.getvalue(), tmp_path)
 
 
 def test_floats_from_0_to_1_are_scaled(tmp_path):

@@ -94,6 +94,21 @@ def test_a_failed_write_leaves_no_temporary(tmp_path):
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["a"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to null").symlink_to("/dev/null")
+    (tmp_path / "to nowhere").symlink_to("nowhere")
+    (tmp_path / "to itself").symlink_to("to itself")
+    (tmp_path / "folder").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for name in before:
+        kind = stat.S_IFMT((tmp_path / name).lstat().st_mode)
+        with pytest.raises(FileExistsError, match=f"is not a file; what was there before is kept: '.*{name}'"):
+            write_atomic(tmp_path / name, b"x")
+        assert stat.S_IFMT((tmp_path / name).lstat().st_mode) == kind
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path):
     write_atomic(tmp_path / ("é" * 127), b"x")
     assert os.listdir(tmp_path) == ["é" * 127]

@@ -271,19 +271,19 @@ def swap(header, data):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lengthen, "not a safetensors file .*; export the model again"),
-    (lambda header, data: header["fc.bias"].update(shape=[2**40]), "fc.bias is .*1099511627776.*, manifest.json says .*"),
-    (lambda header, data: header["fc.bias"].update(shape=[2**62, 2**62]), "fc.bias is .*, manifest.json says .*"),
-    (lambda header, data: header["fc.bias"].update(shape=[-3]), r"fc.bias is .*\[-3\].*, manifest.json says .*"),
-    (lambda header, data: header["fc.bias"].update(dtype="F33"), "fc.bias is .*F33.*, manifest.json says .*"),
-    (lambda header, data: header["fc.bias"].update(dtype="F8_E8M0", shape=[12]), "fc.bias is .*F8_E8M0.*, manifest.json says .*"),
-    (lambda header, data: header["fc.bias"].pop("dtype"), "not a safetensors file .*"),
-    (lambda header, data: data.extend(b"0000"), "not a safetensors file .*"),
-    (lambda header, data: data.clear(), "not a safetensors file .*"),
-    (lambda header, data: header["fc.bias"].update(dtype="I32"), "fc.bias is .*'int32'.*, manifest.json says .*'float"),
+    (lengthen, "fc.bias does not lie where the one before it ends, or has another size; export the model again"),
+    (lambda header, data: header["fc.bias"].update(shape=[2**40]), "fc.bias does not lie where the one before it ends, or has another size; .*"),
+    (lambda header, data: header["fc.bias"].update(shape=[2**62, 2**62]), "fc.bias is .*'shape': .*; .*"),
+    (lambda header, data: header["fc.bias"].update(shape=[-3]), r"fc.bias is .*\[-3\].*; .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="F33"), "fc.bias is .*F33.*; .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="F8_E8M0", shape=[12]), "fc.bias is .*F8_E8M0.*; .*"),
+    (lambda header, data: header["fc.bias"].pop("dtype"), "fc.bias is {.*"),
+    (lambda header, data: data.extend(b"0000"), "[0-9]+ bytes of tensors, the header says [0-9]+; .*"),
+    (lambda header, data: data.clear(), "0 bytes of tensors, the header says [0-9]+; .*"),
+    (lambda header, data: header["fc.bias"].update(dtype="I32"), r"fc.bias is int32 \[3\], manifest.json says float32 \[3\]; .*"),
     (lambda header, data: header["fc.bias"].update(shape=[3, 1]), r"fc.bias is .*\[3, 1\].*, manifest.json says .*\[3\]"),
     (lambda header, data: header.update({"a\nb": header.pop("fc.bias")}),
-     r"'a\\nb' is .*, manifest.json says absent; export the model again"),
+     r"a\\nb is float32 \[3\], manifest.json says absent; export the model again"),
     (swap, "bn1.multiplier was altered .checksum.; export the model again"),
 ], ids=[
     "longer", "large", "overflow", "negative", "unknown-type", "rare-type", "no-type", "more-data", "no-data", "type", "shape",
@@ -299,7 +299,7 @@ def test_a_file_without_a_header_is_refused_though_the_checksums_fit(size, expor
     content = size.to_bytes(8, "little")[:size]
     (export / "weights.safetensors").write_bytes(content)
     edit_manifest(export, lambda m: m.update(weights_sha256=hashlib.sha256(content).hexdigest()), sign=True)
-    check_refused(export, exported[1], "weights.safetensors: not a safetensors file .*; export the model again")
+    check_refused(export, exported[1], "weights.safetensors: truncated, or not a safetensors file; export the model again")
 
 
 def set_unused_bits(header, data):
@@ -375,8 +375,10 @@ def test_metadata_go_into_the_manifest(tmp_path):
 @pytest.mark.parametrize("metadata, message", [
     ({"a": math.nan}, "export: the metadata are not JSON .*; pass texts, finite numbers and such"),
     ({"a": torch.zeros(1)}, "export: the metadata are not JSON"),
+    ({"a": 10**30}, "export: no reader would take the manifest, not JSON .the number 10{19}.; pass simpler metadata"),
+    ({"a": json.loads("[" * 40 + "]" * 40)}, "export: no reader would take the manifest, not JSON .nested more than 32"),
     (["a"], r'export: metadata is \["a"\], expected an object, whatever the exporting program wanted to keep'),
-], ids=["nan", "tensor", "list"])  # fmt: skip
+], ids=["nan", "tensor", "long", "deep", "list"])  # fmt: skip
 def test_metadata_that_are_no_json_are_refused(metadata, message, tmp_path):
     with pytest.raises(ApotfxError, match=message):
         export_integer(trained(policy())[0], tmp_path / "export", metadata)

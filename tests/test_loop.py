@@ -3,6 +3,7 @@ import os
 import random
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -135,7 +136,7 @@ def whole_and_resumed(tmp_path, stop_at, device):
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     whole, resumed = whole_and_resumed(tmp_path, stop_at, CPU)
     a, b = whole.state_dict(), resumed.state_dict()
-    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running", "random"):
+    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running"):
         assert equal(a[key], b[key]), key
     best = [read_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "part")]
     assert equal(best[0].state, best[1].state) and best[0].best == best[1].best
@@ -148,7 +149,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(tmp_path):
     for images, labels in islice(stopped.batches.epoch(0), 3):
         stopped._train_step(images, labels)
     state = stopped.state_dict()
-    state["random"] = {"torch": state["random"]["torch"], "cuda": [], "python": [1, 2, 3]}
+    state["random"] = {"torch": torch.get_rng_state(), "cuda": [], "python": [1, 2, 3]}
     state["optimizer"] = stopped.optimizer.state_dict()
     del state["momentum"]
     old = {"format": "apotfx-checkpoint", "version": 1, "config": asdict(CONFIG), **state}
@@ -158,7 +159,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(tmp_path):
     resumed.load_state_dict(read_checkpoint(tmp_path / "part").resume)
     fit(resumed, tmp_path / "part")
     a, b = whole.state_dict(), resumed.state_dict()
-    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running", "random"):
+    for key in ("model", "ema", "ema_count", "momentum", "step", "best", "running"):
         assert equal(a[key], b[key]), key
 
 
@@ -183,10 +184,19 @@ def test_a_kill_between_the_checkpoint_and_the_best_weights_costs_nothing(tmp_pa
     assert equal(found.state, expected.state) and found.best == expected.best == checkpoint.best
 
 
+@pytest.mark.parametrize(("others", "is_taken"), [({"seed": 1}, False), ({"engine": "eager"}, True)], ids=str)
+def test_best_weights_of_another_training_are_told(others, is_taken, tmp_path):
+    t, _ = stopped_after_an_epoch(tmp_path)
+    t.step += 1  # so that they cannot be written anew
+    save_checkpoint(tmp_path / "best.pt", t._identity() | {"config": asdict(replace(t.config, **others)), "model": t.model.state_dict()})
+    with nullcontext() if is_taken else pytest.raises(ApotfxError, match="is of another epoch or training, checkpoint.pt"):
+        t.require_best(tmp_path)
+
+
 def test_best_weights_that_are_lost_are_told(tmp_path):
     t, _ = stopped_after_an_epoch(tmp_path)
     t.step, t.best = t.step + 1, t.best | {"epoch": 2}
-    for what in ("is of epoch 1", "is missing"):
+    for what in ("is of another epoch or training", "is missing"):
         with pytest.raises(ApotfxError, match=f"best.pt: {what}, checkpoint.pt beside it says epoch 2; put it back"):
             t.require_best(tmp_path)
         (tmp_path / "best.pt").unlink(missing_ok=True)

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -47,7 +48,7 @@ def test_another_version_is_refused(version, export, exported):
     (b"[" * 100000, "not JSON .nested more than 32 deep.; it was altered"),
     (b'{"a": 1, "a": 1}', "not JSON .the key \"a\" twice.; it was altered or truncated"),
     (b"\xff\xfe", "not JSON .*; it was altered or truncated"),
-    (b'{"a": 1' + b"0" * 10000 + b"}", "not JSON .*; it was altered or truncated"),
+    (b'{"a": 1' + b"0" * 10000 + b"}", "not JSON .the number 10{19}.; it was altered or truncated"),
 ], ids=["nested", "twice", "not-text", "long-number"])  # fmt: skip
 def test_what_no_manifest_is_written_like_is_refused(content, message, export, exported):
     (export / "manifest.json").write_bytes(content)
@@ -72,7 +73,12 @@ def at(*place):
 ABSENT = object()
 STEPS = ("program", "steps")
 CONV3, FC = ("layers", 1), ("layers", 3)  # a convolution with scales per channel, and a linear layer with one
-NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("number, shown", [(math.nan, "NaN"), (-math.inf, "-Infinity"), (10**400, "1" + "0" * 19)])
+def test_numbers_that_no_json_has_are_refused_though_the_checksums_fit(number, shown, export, exported):
+    edit_manifest(export, lambda m: at(*CONV3, "weight", "scale", 0)(m, number), sign=True)
+    check_refused(export, exported[1], rf"manifest.json: not JSON \(the number {shown}\); it was altered or truncated")
 
 
 @pytest.mark.parametrize("place, value, message", [
@@ -120,16 +126,11 @@ NAN, INFINITY = float("nan"), float("inf")
     ((*CONV3, "weight", "signed"), False, "layers[1].weight.signed (layer conv3) is false, expected true"),
     ((*CONV3, "weight", "scheme"), "log", 'layers[1].weight.scheme (layer conv3) is "log", expected apot, pot or uni'),
     ((*CONV3, "weight", "scale"), [], "layers[1].weight.scale (layer conv3) is [], expected a list of numbers above 0"),
-    ((*CONV3, "weight", "scale", 0), NAN, "layers[1].weight.scale[0] (layer conv3) is NaN, expected a number above 0"),
-    ((*CONV3, "weight", "scale", 5), INFINITY, "layers[1].weight.scale[5] (layer conv3) is Infinity, expected a number"),
     ((*CONV3, "weight", "scale", 0), 0.0, "layers[1].weight.scale[0] (layer conv3) is 0.0, expected a number above 0"),
     ((*CONV3, "weight", "scale", 0), -1.0, "layers[1].weight.scale[0] (layer conv3) is -1.0, expected a number above 0"),
     ((*CONV3, "weight", "scale", 0), "1", 'layers[1].weight.scale[0] (layer conv3) is "1", expected a number above 0'),
-    ((*CONV3, "weight", "scale", 0), 10**400, "layers[1].weight.scale[0] (layer conv3) is 10{56}..., expected a number"),
-    ((*CONV3, "input", "clip", 0), NAN, "layers[1].input.clip[0] (layer conv3) is NaN, expected a number above 0"),
     ((*CONV3, "input", "clip"), [1.0, 1.0], "layers[1].input.clip (layer conv3) is [1.0, 1.0], expected one number"),
     ((*CONV3, "rectifier"), [0], "layers[1].rectifier (layer conv3) is [0], expected what the input is clamped to"),
-    ((*CONV3, "rectifier"), [0, NAN], "layers[1].rectifier[1] (layer conv3) is NaN, expected a finite number, or null"),
     ((*CONV3, "accumulator_bound"), 1e6, "layers[1].accumulator_bound (layer conv3) is 1000000.0, expected the integer"),
     ((*FC, "shape"), [3], "layers[3].shape (layer fc) is [3], expected [C_out, C_in]"),
     ((*FC, "pad"), [1, 1], "layers[3].pad (layer fc) is [1, 1], expected nothing to pad"),

@@ -105,6 +105,21 @@ def test_a_directory_with_something_to_lose_keeps_its_name(names):
         claim()
 
 
+@pytest.mark.parametrize("target", ["a", "nowhere", "/dev/null"])
+def test_a_link_that_is_no_directory_keeps_its_name(target):
+    Path("runs").mkdir()
+    Path("runs/a").symlink_to(target)
+    with pytest.raises(ApotfxError, match="--name a: runs/a exists; choose another name"):
+        claim()
+    assert os.listdir("runs") == ["a"] and os.readlink("runs/a") == target
+
+
+def test_a_link_in_the_place_of_a_parent_is_named():
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="File exists: 'runs'"):
+        claim()
+
+
 def test_two_processes_do_not_get_one_directory():
     with new_run("a", CONFIG, "digits") as path, pytest.raises(ApotfxError, match="--name a: runs/a exists"):
         claim()

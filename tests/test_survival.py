@@ -156,7 +156,7 @@ def checkpoints(tmp_path_factory):
     files = {path.name: path.read_bytes() for path in directory.glob("*.pt")}
     state = t.state_dict()
     old = {"format": FORMAT, "version": 1, "config": dataclasses.asdict(t.config), **state}
-    old["random"] = {"torch": state["random"]["torch"], "cuda": [], "python": [1, 2, 3]}
+    old["random"] = {"torch": torch.get_rng_state(), "cuda": [], "python": [1, 2, 3]}
     old["optimizer"] = t.optimizer.state_dict()
     del old["momentum"]
     torch.save(old, directory / "old.pt")

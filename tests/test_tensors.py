@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from apotfx.tensors import DTYPES, MAX_HEADER_BYTES, Damaged, digest, is_packed, pack, parse_json, printable, unpack
+from apotfx.tensors import DTYPES, MAX_HEADER_BYTES, MAX_VALUES, Damaged, digest, is_packed, pack, parse_json, printable, read_tensors, unpack
 
 torch.manual_seed(0)
 TENSORS = {
@@ -132,8 +132,11 @@ def test_a_forged_document_is_refused():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 10**6, "not JSON (maximum recursion depth exceeded"),
-        ('{"a": 1, "a": 2}', "a key twice"),
+        ("[" * 10**6, "not JSON (nested more than 32 deep)"),
+        ("[" * 33 + "]" * 33, "not JSON (nested more than 32 deep)"),
+        ('{"a": ' * 32 + "[]" + "}" * 32, "not JSON (nested more than 32 deep)"),
+        ("[" + "1," * MAX_VALUES + "1]", f"not JSON ({MAX_VALUES + 1} values, expected at most {MAX_VALUES})"),
+        ('{"a": 1, "a": 2}', 'the key "a" twice'),
         ('{"a": NaN}', "the number NaN"),
         ('{"a": -Infinity}', "the number -Infinity"),
         ('{"a": 1e999}', "the number 1e999"),
@@ -147,6 +150,19 @@ def test_json_that_is_none_or_out_of_bounds_is_refused(text, message):
         parse_json(text)
     if text.startswith("{"):
         check_refused(file(text, b""), message)
+
+
+def test_json_within_the_bounds_is_read():
+    assert parse_json('{"a": [' * 16 + "1" + "]}" * 16) and parse_json(b'"\xc3\xa9"') == "é"
+    assert parse_json("[18446744073709551615, 1e308]") == [2**64 - 1, 1e308]
+
+
+def test_the_tensors_of_any_safetensors_file_are_read():
+    tensors = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
+    found = read_tensors(safetensors.torch.save(tensors, {"what": "ever"}))
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(Damaged, match="x is {'dtype': 'F8_E5M2'"):
+        read_tensors(safetensors.torch.save({"x": torch.zeros(3, dtype=torch.float8_e5m2)}))
 
 
 def test_a_header_longer_than_any_network_needs_is_not_parsed():

@@ -327,7 +327,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(how, uninterrupted):
     wait_for_line(process, f"epoch {random.Random(how).randint(2, 5)} step")
     time.sleep(random.Random(how).random() * 0.3)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "continue with: python tools/train.py --resume runs/part --device cpu" in err

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torchvision
-from arguments import one_of, positive, some_of, usable_cores  # noqa: F401 (tools/zoo.py imports them from here)
+from arguments import usable_cores
 from tabulate import tabulate
 from torch import nn
 
 from apotfx.engine import choose
-from apotfx.errors import ApotfxError
 from apotfx.files import write_atomic
 from apotfx.models import build_model
 from apotfx.training.run import processor_name
@@ -205,10 +204,3 @@ class Report:
 def print_skipped(skipped: dict[str, str]) -> None:
     for name, reason in skipped.items():
         print(f"Skipped: {name}: {reason}\n")
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str):
-        raise ApotfxError(f"{message}; see --help")

@@ -2,13 +2,11 @@
 
 import argparse
 import fcntl
-import json
 import math
 import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +25,9 @@ import yaml
 from arguments import usable_cores
 
 from apotfx.errors import ApotfxError
-from apotfx.files import write_atomic
-from apotfx.policy import FLOAT_BITS, BitPolicy, parse_yaml
+from apotfx.files import read_file, write_atomic
+from apotfx.policy import FLOAT_BITS, MAX_YAML_BYTES, BitPolicy, parse_yaml
+from apotfx.tensors import parse_json
 from apotfx.training.config import TrainConfig
 from apotfx.training.recipes import RECIPES, best
 from apotfx.training.run import run_path
@@ -159,8 +158,8 @@ def parse_flags(flags: list[str]) -> argparse.Namespace:
 def read_config(run_dir: Path) -> dict:
     """What `config.yaml` says. Raises: ApotfxError: it is missing or damaged."""
 
-    def parse(text: str) -> dict:
-        content = parse_yaml(text.encode())
+    def parse(text: bytes) -> dict:
+        content = parse_yaml(text)
         arguments = TrainConfig.from_dict(content["arguments"], "arguments")
         return content | {"arguments": asdict(arguments), "policy": content["policy"]}
 
@@ -180,8 +179,8 @@ def differing(a: dict, b: dict) -> list[str]:
 def read_result(run_dir: Path) -> dict:
     """What `result.json` says. Raises: ApotfxError: it is damaged."""
 
-    def parse(text: str) -> dict:
-        content = json.loads(text)
+    def parse(text: bytes) -> dict:
+        content = parse_json(text)
         for key in (f"{weights}{split}_acc" for weights in ("", "last_") for split in SPLITS):
             if not math.isfinite(content[key]):
                 raise ValueError(f"{key} is {content[key]}")
@@ -192,14 +191,19 @@ def read_result(run_dir: Path) -> dict:
     return _read(run_dir / "result.json", parse)
 
 
-def _read(path: Path, parse: Callable[[str], dict]) -> dict:
+def _read(path: Path, parse: Callable[[bytes], dict]) -> dict:
+    fix = f"put it back, or delete {path.parent} to train it again"
     try:
-        return parse(path.read_text())
+        content = read_file(path, max_bytes=MAX_YAML_BYTES)
+    except ApotfxError as error:
+        raise ApotfxError(f"{error}; {fix}") from None
+    try:
+        return parse(content)
     except KeyError as error:
         problem = f"has no {error.args[0]}"
-    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError, ApotfxError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         problem = str(error).splitlines()[0]
-    raise ApotfxError(f"{path}: cannot be read ({problem}); put it back, or delete {path.parent} to train it again")
+    raise ApotfxError(f"{path}: cannot be read ({problem}); {fix}")
 
 
 class TableDirectory:
@@ -278,8 +282,6 @@ class TableDirectory:
         """
         if self.is_started(run):
             return
-        if self.run_dir(run).exists():  # stopped before there was anything to continue
-            shutil.rmtree(self.run_dir(run))
         self.require_weights(run)
         if run.policy is not None:
             path = self.policy_path(run)

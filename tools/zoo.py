@@ -6,6 +6,46 @@ python tools/zoo.py --list timm,yolo --only "*vit*" --jobs 2 --resume
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+import arguments as arg
+from command_line import Parser, run_tool
+
+NETWORK_LISTS = (
+    "classification", "segmentation", "video", "detection", "timm", "transformers", "transformers-fx", "smp", "yolo",
+)  # of zoo_networks.py  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser("zoo.py", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    # fmt: off
+    add("--list", metavar="A,B", type=arg.some_of(NETWORK_LISTS), default=list(NETWORK_LISTS),
+        help=f"of {', '.join(NETWORK_LISTS)} (default all)")
+    add("--only", metavar="GLOB", default="*", help="the networks whose name matches (default all)")
+    add("--output", metavar="DIR", type=arg.path, default=Path("runs/zoo"), help="for zoo.json and zoo.md (default %(default)s)")
+    add("--resume", action="store_true", help="keep the rows that zoo.json has of this commit")
+    add("--retry-failed", action="store_true", help="with --resume: but not those that are not ok")
+    add("--jobs", metavar="N", type=arg.positive, default=1, help="networks at a time (default %(default)s)")
+    add("--bits", metavar="N", type=arg.one_of(arg.BITS), default=8, help="2 to 8 (default 8)")
+    add("--scheme", metavar="NAME", type=arg.one_of(arg.SCHEMES), default="uniform",
+        help=f"one of {', '.join(arg.SCHEMES)} (default uniform)")
+    add("--timeout", metavar="N", type=arg.positive, default=400, help="seconds of the processor that a network may take (default 400)")
+    add("--memory", metavar="N", type=arg.positive, default=16, help="GiB that a network may take (default 16)")
+    add("--limit-seconds", metavar="N", type=arg.positive, help="begin no network after that; --resume goes on")
+    # fmt: on
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 1 if a network is neither ok nor refused, otherwise as `run_tool` has it."""
+    return run_tool("zoo", make_parser(), argv)
+
+
+if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
+    sys.exit(main())
+
 import concurrent.futures
 import copy
 import fnmatch
@@ -18,7 +58,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,11 +66,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import Parser, one_of, positive, some_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo_init import bind
@@ -43,7 +80,6 @@ import apotfx
 from apotfx.errors import ApotfxError
 from apotfx.graph.network import record_of
 from apotfx.files import write_atomic
-from apotfx.levels import MAX_BITS, MIN_BITS, SCHEMES
 from apotfx.policy import FLOAT_BITS
 
 SEED = 0
@@ -385,7 +421,14 @@ def commit() -> str:
     return found[0] + "-dirty" * bool(found[1])
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: argparse.Namespace) -> int:
+    try:
+        return 0 if carry_out(args) else 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; --resume goes on") from None
+
+
+def carry_out(args: argparse.Namespace) -> bool:
     """Whether every chosen network that was run, now or before, is ok."""
     chosen, made_by = choose(args.list, args.only), commit()
     facts = {"bits": args.bits, "scheme": args.scheme, "torch": torch.__version__}
@@ -444,39 +487,3 @@ def choose(lists: list[str], glob: str) -> list[tuple[str, str]]:
     if not chosen:
         raise ApotfxError("no network is left to run")
     return chosen
-
-
-def make_parser() -> argparse.ArgumentParser:
-    p = Parser(description=__doc__.splitlines()[0])
-    add = p.add_argument
-    # fmt: off
-    add("--list", metavar="A,B", type=some_of(LISTS), default=list(LISTS), help=f"of {', '.join(LISTS)} (default all)")
-    add("--only", metavar="GLOB", default="*", help="the networks whose name matches (default all)")
-    add("--output", metavar="DIR", type=Path, default=Path("runs/zoo"), help="for zoo.json and zoo.md (default %(default)s)")
-    add("--resume", action="store_true", help="keep the rows that zoo.json has of this commit")
-    add("--retry-failed", action="store_true", help="with --resume: but not those that are not ok")
-    add("--jobs", metavar="N", type=positive, default=1, help="networks at a time (default %(default)s)")
-    add("--bits", metavar="N", type=one_of(range(MIN_BITS, MAX_BITS + 1)), default=8, help="2 to 8 (default 8)")
-    add("--scheme", metavar="NAME", type=one_of(SCHEMES), default="uniform",
-        help=f"one of {', '.join(SCHEMES)} (default uniform)")
-    add("--timeout", metavar="N", type=positive, default=400, help="seconds of the processor that a network may take (default 400)")
-    add("--memory", metavar="N", type=positive, default=16, help="GiB that a network may take (default 16)")
-    add("--limit-seconds", metavar="N", type=positive, help="begin no network after that; --resume goes on")
-    # fmt: on
-    return p
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if every network is ok or refused, 1 if not, 2 for a user's mistake, 130 when stopped by Ctrl-C."""
-    try:
-        return 0 if run(make_parser().parse_args(argv)) else 1
-    except (ApotfxError, OSError) as error:
-        print(f"zoo.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume goes on", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_traced
-from apotfx.generated_code import require_writable_names
+from apotfx.generated_code import GraphModule, forgetting, require_writable_names
 from apotfx.graph.functional import functionalize
 from apotfx.graph.modularize import norms_as_modules
 from apotfx.graph.tracing import HOOKS, trace_graph, with_fixed
@@ -26,7 +26,7 @@ GLOBAL_HOOKS = (  # on all modules
 )  # fmt: skip
 
 
-class Network(fx.GraphModule):
+class Network(GraphModule):
     """A graph over the modules, parameters and buffers of a module, under their names.
 
     Attributes:
@@ -157,7 +157,8 @@ def _generate(graph: fx.Graph) -> Callable:
 
 
 def _restore(class_name: str, state: dict, imports: str) -> Network:
-    graph = reduce_graph_module(dict(state), imports).graph
+    with forgetting():
+        graph = reduce_graph_module(dict(state), imports).graph
     network = Network(state["original"], graph, class_name, state["two_paths"], state["fixed"])
     kept = vars(network).keys() - {"meta", "training", "absorbed", "_watched", "_absorbing", "_after", *HOOKS}
     vars(network).update({key: value for key, value in state.items() if key not in kept})

@@ -13,6 +13,7 @@ from apotfx.graph.facts import LayerFacts, analyze, rectified_range, torch_name
 from apotfx.attention import MultiheadAttention, split_attention
 from apotfx.engine import use_engine
 from apotfx.errors import ApotfxError
+from apotfx.generated_code import forgetting
 from apotfx.layers import QUANT_LAYERS, FunctionalLayer, Geometry, QuantLayer, float_type_of
 from apotfx.graph.functional import written_after
 from apotfx.graph.modularize import layers_as_modules
@@ -61,7 +62,8 @@ class Prepared:
         kept: dict[str, str] = {}
         self.self_check = self.unchecked = self_check
         while True:
-            self.copied = copy.deepcopy(model)
+            with forgetting():  # of what is a graph already
+                self.copied = copy.deepcopy(model)
             self._attention = split_attention(self.copied)
             self.model = trace(self.copied, concrete_args=concrete_args, example_inputs=example_inputs, kept=kept)
             again = {}
@@ -78,7 +80,9 @@ class Prepared:
     def _differing(self, model: nn.Module, args: tuple, kwargs: dict, kept: Mapping[str, str]) -> dict[str, str]:
         """By name, a module that must be kept whole as traced it computes something else, and why."""
         try:
-            found = difference(self.model, args, kwargs, copy.deepcopy(model) if self._attention else None)
+            with forgetting():
+                untouched = copy.deepcopy(model) if self._attention else None
+            found = difference(self.model, args, kwargs, untouched)
         except ApotfxError:  # the examples, which stand for shapes only, are no inputs
             return {}
         self.unchecked = False

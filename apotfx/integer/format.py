@@ -34,7 +34,6 @@ from apotfx.integer.manifest import (
     describe_levels,
     find_problem,
     level_set_of,
-    parse_json,
     read_file,
     read_manifest,
 )
@@ -42,16 +41,12 @@ from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.state import uncalibrated
+from apotfx.tensors import MAX_HEADER_BYTES, Damaged, parse_json, printable, read_tensors
 from apotfx.integer.program import OPERATORS, Affine, Constant, Program
 from apotfx.reproducible import AttachedBatchNorm, folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
 from apotfx.graph.passes import leave_in_float
-
-MAX_HEADER_BYTES = 2**24  # of safetensors
-DTYPES = {
-    "F32": "float32", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 
 
 def export_integer(
@@ -119,7 +114,12 @@ def export_integer(
     manifest["manifest_sha256"] = checksum(manifest)
     if problem := find_problem(manifest):
         raise ApotfxError(f"export: {problem}")
-    write_directory(path, {WEIGHTS: weights, MANIFEST: json.dumps(manifest, indent=1).encode()})
+    content = json.dumps(manifest, indent=1).encode()
+    try:
+        parse_json(content)
+    except Damaged as error:
+        raise ApotfxError(f"export: no reader would take the manifest, {error}; pass simpler metadata") from None
+    write_directory(path, {WEIGHTS: weights, MANIFEST: content})
     return path
 
 
@@ -305,15 +305,14 @@ def inspect_integer(
             f"{path / WEIGHTS}: does not fit {MANIFEST} (checksum); it was altered, truncated or is another export's"
         )
     try:
-        _require_described(weights, manifest)
-        tensors = safetensors.torch.load(weights)
-    except Exception as error:  # besides its own, a KeyError for a type that torch lacks, and others
-        reason = " ".join(str(error).split())
-        if not isinstance(error, ApotfxError):
-            reason = f"not a safetensors file ({reason})"
-        raise ApotfxError(problems[0] if problems else f"{path / WEIGHTS}: {reason}; export the model again") from error
+        tensors = read_tensors(weights)
+        described = {name: _describe_tensor(tensor) for name, tensor in tensors.items()}
+        _require_as_stated(described, manifest["tensors"])
+    except Damaged as error:
+        problem = problems[0] if problems else f"{path / WEIGHTS}: {error}; export the model again"
+        raise ApotfxError(problem) from error
     for name in sorted(tensors):
-        if _describe_tensor(tensors[name]) != manifest["tensors"][name]:
+        if described[name] != manifest["tensors"][name]:
             problems.append(f"{path / WEIGHTS}: {name} was altered (checksum); export the model again")
     for layer in manifest["layers"]:
         problems += [f"{path / WEIGHTS}: {problem}" for problem in _unpack_layer(layer, tensors)]
@@ -324,22 +323,15 @@ def inspect_integer(
     return manifest, tensors, problems
 
 
-def _require_described(weights: bytes, manifest: dict) -> None:
-    """Raises: ValueError: the header of the weights is none, or does not say what the manifest says of the tensors."""
-    size = int.from_bytes(weights[:8], "little")
-    header = parse_json(weights[8 : 8 + size])
-    if not isinstance(header, dict) or size > MAX_HEADER_BYTES:
-        raise ValueError("its header is no object")
-    stated = manifest["tensors"]
-    for name in sorted((header.keys() - {"__metadata__"}) | stated.keys()):
+def _require_as_stated(described: dict[str, dict], stated: dict[str, dict]) -> None:
+    """Raises: Damaged: the file has not the tensors that the manifest states, or of other shapes or types."""
+    for name in sorted(described.keys() | stated.keys()):
         got, expected = (
-            None if name not in d else {k: d[name][k] for k in ("shape", "dtype")} for d in (header, stated)
+            "absent" if name not in tensors else f"{tensors[name]['dtype']} {tensors[name]['shape']}"
+            for tensors in (described, stated)
         )
-        if got is not None:
-            got["dtype"] = DTYPES.get(got["dtype"], got["dtype"])
         if got != expected:
-            name, got = (text if text.isprintable() else ascii(text) for text in (name, str(got or "absent")))
-            raise ApotfxError(f"{name[:100]} is {got[:200]}, {MANIFEST} says {expected or 'absent'}")
+            raise Damaged(f"{printable(name)} is {got}, {MANIFEST} says {expected}")
 
 
 def _max_bytes(manifest: dict, path: Path, float_model: nn.Module | None) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apotfx.engine import say_once
 from apotfx.errors import ApotfxError
-from apotfx.generated_code import forgets_sources, require_writable_names
+from apotfx.generated_code import require_writable_names
 from apotfx.integer.build import build_program, layer_type, require_same_program
 from apotfx.integer.format import (
     describe_rectifier,
@@ -32,7 +32,6 @@ from apotfx.graph.network import load_reached_state, require_traceable
 BACKENDS = ("reference", "onednn")
 
 
-@forgets_sources
 def load_integer(
     path: str | os.PathLike,
     float_model: nn.Module | None = None,
@@ -112,7 +111,6 @@ def opened(
     return network, tuple(shape) if isinstance(shape, list) else shape, metadata
 
 
-@forgets_sources
 def assemble(
     manifest: dict,
     tensors: dict[str, Tensor],

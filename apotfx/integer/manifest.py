@@ -19,6 +19,7 @@ from apotfx.integer.codes import storage_dtype
 from apotfx.integer.program import Encode, Product, Program
 from apotfx.levels import LevelSet
 from apotfx.operators import accumulator_bound
+from apotfx.tensors import Damaged, parse_json
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 CODES = "weight_codes"
@@ -26,8 +27,6 @@ FLOAT_WEIGHT = "float_weight"  # of a quantized layer whose weight is also read 
 SCHEMA = json.loads(Path(__file__).with_name("manifest.schema.json").read_text())
 FORMAT, VERSION = (SCHEMA["properties"][key]["const"] for key in ("format", "version"))
 MAX_BYTES = 2**26
-MAX_VALUES = 2**22  # which take many times the memory of their text
-MAX_DEPTH = 32
 
 Place = tuple[str | int, ...]  # keys and indices, from the outermost on
 
@@ -66,43 +65,15 @@ def read_manifest(path: Path) -> dict:
     Raises:
         ApotfxError: not a manifest, of another format version, altered, or one that contradicts itself.
     """
+    content = read_file(path, MAX_BYTES)
     try:
-        manifest = parse_json(read_file(path, MAX_BYTES))
+        manifest = parse_json(content)
         refusal = _refusal(manifest)
-    except ValueError as error:
-        if isinstance(error, ApotfxError):
-            raise
-        refusal = f"not JSON ({error}); it was altered or truncated"
+    except Damaged as error:
+        refusal = f"{error}; it was altered or truncated"
     if refusal:
         raise ApotfxError(f"{path}: {refusal}")
     return manifest
-
-
-def parse_json(content: bytes) -> object:
-    """Raises: ValueError: not JSON, a key twice, or larger or deeper than a manifest may be."""
-    values = sum(map(content.count, (b"[", b"{", b",")))
-    if values > MAX_VALUES:
-        raise ValueError(f"{values} values, expected at most {MAX_VALUES}")
-    try:
-        value = json.loads(content, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    layer, depth = [value], 0
-    while layer:
-        inside = (x.values() if isinstance(x, dict) else x for x in layer if isinstance(x, (dict, list)))
-        layer, depth = [x for children in inside for x in children], depth + 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {_as_text(twice)} twice")
-    return unique
 
 
 def _refusal(manifest: object) -> str | None:

@@ -18,6 +18,7 @@ from apotfx import kernels
 from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_plain
+from apotfx.generated_code import GraphModule
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.network import IntegerNetwork, as_program
 from apotfx.integer.program import Add, Affine, Clamp, Encode, Input, MaxPool, Product, Step, decode
@@ -242,7 +243,7 @@ class _Fusion:
                 self._settle(step, self._express(step))
         self.graph.output(decode(self.program.outputs, [self.floats[name] for name in self.program.results]))
         self.graph.lint()
-        return fx.GraphModule(self.modules, self.graph)
+        return GraphModule(self.modules, self.graph)
 
     def _express(self, step: Step) -> Expression:
         if isinstance(step, Input):

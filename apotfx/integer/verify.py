@@ -15,13 +15,14 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, inspect_integer, read_integer
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.load import BACKENDS, assemble, stand_alone
-from apotfx.integer.manifest import MANIFEST, MAX_BYTES, parse_json, read_file
+from apotfx.integer.manifest import MANIFEST, MAX_BYTES, read_file
 from apotfx.integer.network import IntegerNetwork
 from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, Unfused, what_onednn_lacks
 from apotfx.integer.program import Encode, Product
 from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
 from apotfx.operators import accumulator_bits, accumulator_bound
+from apotfx.tensors import parse_json
 
 QUANTIZED, REFERENCE, ONEDNN = "quantized", *BACKENDS
 ABSENT = "absent"

@@ -18,7 +18,8 @@ from apotfx.training.torch_files import PickledCode, is_torch_file, read_torch_f
 
 FORMAT, VERSION = "apotfx-checkpoint", 2
 LAST, BEST = "checkpoint.pt", "best.pt"
-SECTIONS = ("model", "ema", "momentum", "random")  # of tensors, by name
+SECTIONS = ("model", "ema", "momentum")  # of tensors, by name
+GENERATORS = "random"  # a section of earlier versions'; now each step seeds its own
 RUNNING = ("loss", "correct", "images")
 MAX_BYTES = 2**34
 MAX_STEPS = 2**53
@@ -111,7 +112,7 @@ def _read(data: bytes) -> dict:
         content = {key: value for key, value in document.items() if key not in SECTIONS}
         for name, tensor in tensors.items():
             section, _, name = name.partition("/")
-            if section not in SECTIONS:
+            if section not in (*SECTIONS, GENERATORS):
                 raise Damaged(f"a section {printable(section)}")
             content.setdefault(section, {})[name] = tensor
         return content
@@ -138,12 +139,7 @@ def _from_version_1(content: dict) -> dict:
         for index, state in _dict(states, "optimizer").items()
         if (buffer := _dict(state, "optimizer").get("momentum_buffer")) is not None
     }
-    generators = _dict(content.get("random"), "random")
-    state = {"torch": generators.get("torch")}
-    if isinstance(cuda := generators.get("cuda"), list) and cuda:
-        state["cuda"] = cuda[0]
-    content = {key: value for key, value in content.items() if key != "optimizer"}
-    return content | {"momentum": momentum, "random": state}
+    return {key: value for key, value in content.items() if key != "optimizer"} | {"momentum": momentum}
 
 
 def _interpret(path: Path, content: dict) -> Checkpoint:
@@ -201,7 +197,6 @@ def _check_training(path: Path, content: dict, config: TrainConfig, best: dict |
         "clock": {part: _number(seconds, "clock", float, 0, math.inf) for part, seconds in clock.items()},
         "best": best,
         "running": {name: _number(running.get(name), f"running/{name}", float, 0, math.inf) for name in RUNNING},
-        "random": _check_random(_dict(content.get("random"), "random")),
     }
 
 
@@ -212,23 +207,6 @@ def _check_best(best: object, config: TrainConfig) -> dict | None:
         "val_acc": _number(best.get("val_acc"), "best/val_acc", float, -1, 100),
         "epoch": _number(best.get("epoch"), "best/epoch", int, 0, config.epochs),
     }
-
-
-def _check_random(state: dict) -> dict[str, Tensor]:
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise Damaged(f"random/{printable(name)} is not the state of a generator")
-    if not _is_state(state.get("torch")):
-        raise Damaged("random/torch is not the state of a generator")
-    return state
-
-
-def _is_state(state: Tensor | None) -> bool:
-    try:
-        torch.Generator().set_state(state)
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _number(value: object, what: str, kind: type, least: float, most: float) -> int | float:

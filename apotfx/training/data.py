@@ -34,6 +34,8 @@ DOWNLOAD_TIMEOUT = 15.0  # seconds without an answer
 MNIST_MEAN, MNIST_STD = (0.131,), (0.308,)  # as published
 MAX_FOLDER_IMAGE_SIZE = 224
 MAX_ASPECT_RATIO = 100  # images are resized by their shorter side
+# Of images, whatever their names say. Pillow hands others to other programs, such as EPS to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_BYTES = 2**30  # of MNIST and such
 # The held-out images, and those to learn from, must not change with a run's seed, or runs could not be compared.
 VALIDATION_SEED = 0
@@ -276,7 +278,7 @@ def _open_rgb(path: str) -> Image.Image:
     try:
         with _open_file(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's, of odd files that it reads all the same
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                     raise ValueError(f"{width}x{height} pixels; expected sides at most {MAX_ASPECT_RATIO}:1")
@@ -296,8 +298,10 @@ def _open_file(path: str) -> BinaryIO:
 
 def _to_rgb(image: Image.Image, format: str | None) -> Image.Image:
     """Raises: ValueError: pixels of which it is unknown how bright they are."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and format == "PNG"):  # as Pillow before 11 has it
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):  # PNG: of Pillow before 11
+        values = np.asarray(image).astype(np.int64)
+        grey = np.where(values == image.info.get("transparency"), 255, values >> 8)
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode == "I":
         raise ValueError("integers of 32 bits; expected 8 or 16")
     elif image.mode == "F":

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -374,15 +374,16 @@ class Trainer:
         """See to it that `best.pt` is of the epoch that this training, continued from its checkpoint, says.
 
         Raises:
-            ApotfxError: it is missing, or of another epoch.
+            ApotfxError: it is missing, or of another epoch or training.
         """
         if not self.best["epoch"] or not self.processes.is_main:
             return
         path = run_dir / BEST
-        found = read_checkpoint(path).best if path.exists() else None
-        if found != self.best:
+        found = read_checkpoint(path) if path.exists() else None
+        others = None if found is None or found.config is None else replace(found.config, engine=self.config.engine)
+        if found is None or found.best != self.best or others != self.config:
             if not self._has_just_ended(self.best["epoch"]):
-                what = "is missing" if found is None else f"is of epoch {found['epoch']}"
+                what = "is missing" if found is None else "is of another epoch or training"
                 raise ApotfxError(f"{path}: {what}, {LAST} beside it says epoch {self.best['epoch']}; put it back")
             self.save_best(run_dir)
 
@@ -390,7 +391,7 @@ class Trainer:
         """What goes on with this training: dicts of tensors, and JSON."""
         if self.average:
             self.average.copy_others()
-        state = {
+        return {
             "model": self.model.state_dict(),
             "ema": self.average.module.state_dict() if self.average else None,
             "ema_count": int(self.average.n_averaged) if self.average else 0,
@@ -404,11 +405,7 @@ class Trainer:
             "clock": self.clock.seconds,
             "best": self.best,
             "running": dict(zip(RUNNING, self.running.tolist(), strict=True)),
-            "random": {"torch": torch.get_rng_state()},
         }
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Those that are trained, by name, in the optimizer's order."""
@@ -435,7 +432,6 @@ class Trainer:
         self.clock.seconds = dict(state["clock"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], dict(state["best"])
         self.running.copy_(torch.tensor([state["running"][name] for name in RUNNING], dtype=torch.float64))
-        self._load_generators(state["random"], source)
 
     def _load_momentum(self, buffers: dict[str | int, Tensor], source: str) -> None:
         parameters = self._parameters()
@@ -451,14 +447,6 @@ class Trainer:
             # In the parameter's memory format, as the fused optimizer makes it.
             momentum = torch.empty_like(parameters[name], requires_grad=False).copy_(buffer)
             self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum
-
-    def _load_generators(self, states: dict[str, Tensor], source: str) -> None:
-        torch.set_rng_state(states["torch"])
-        if self.device.type == "cuda" and "cuda" in states:
-            try:
-                torch.cuda.set_rng_state(states["cuda"], self.device)
-            except RuntimeError:
-                raise ApotfxError(f"{source}: random/cuda is not the state of a generator") from None
 
 
 @torch.no_grad()

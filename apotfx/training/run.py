@@ -135,7 +135,9 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Whether the directory `path` is now this process's for a new run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # a file
+    except FileExistsError:  # a file, or a link to none
+        if not os.path.lexists(path):  # but in the place of a parent
+            raise
         yield False
         return
     if _is_taken(path):
@@ -156,7 +158,7 @@ def _is_taken(path: Path) -> bool:
 
 def _require_no_run_around(path: Path) -> None:
     """Raises: ApotfxError: the directory `path` would lie in another run or in an export."""
-    for around in path.resolve().parents:
+    for around in Path(os.path.realpath(path)).parents:  # which takes links in a circle, too
         is_run = (around / CONFIG).is_file() and any((around / name).exists() for name in (LAST, RESULT, LOCK))
         if is_run or all((around / name).is_file() for name in (MANIFEST, WEIGHTS)):
             what = "run" if is_run else "export"
