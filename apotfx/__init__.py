@@ -3,6 +3,7 @@
 from .calibrate import calibrate, correct_biases, reestimate_batch_norms
 from .engine import use_engine
 from .errors import ApotfxError
+from .integer.c import export_c
 from .integer.format import export_integer, read_integer
 from .integer.load import load_integer
 from .integer.verify import verify
@@ -20,7 +21,9 @@ __all__ = [
     "Rule",
     "calibrate",
     "correct_biases",
+    "export_c",
     "export_integer",
+    "export_onnx",
     "load_float_state",
     "load_integer",
     "plan",
@@ -33,3 +36,11 @@ __all__ = [
     "use_engine",
     "verify",
 ]
+
+
+def __getattr__(name: str):
+    if name == "export_onnx":  # which needs a package that not everybody has
+        from .integer.onnx import export_onnx
+
+        return export_onnx
+    raise AttributeError(f"module 'apotfx' has no attribute {name!r}")

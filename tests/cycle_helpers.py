@@ -6,6 +6,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from apotfx import BitPolicy, Rule, export_integer, load_integer, quantize
+from apotfx.integer.format import read_integer
+from apotfx.integer.program import Program
 from apotfx.layers import QuantLayer
 from apotfx.state import uncalibrated
 
@@ -46,6 +48,8 @@ def loaded(qmodel, model, inputs, directory, backend="reference", **options):
     path = export_integer(qmodel, directory / "export")
     imodel = load_integer(path, model, backend, **options)
     check_equal(imodel, qmodel, inputs)
+    if not Program.from_json(read_integer(path)[0]["program"]).foreign:
+        check_equal(load_integer(path, backend=backend), qmodel, inputs)
     return imodel
 
 

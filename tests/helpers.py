@@ -13,6 +13,7 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, read_integer
 from apotfx.integer.load import load_integer
 from apotfx.integer.manifest import checksum
+from apotfx.integer.program import Program
 from apotfx.layers import QuantLayer
 from apotfx.levels import SCHEMES, LevelSet
 from apotfx.operators import Convolution, MatrixProduct
@@ -201,6 +202,8 @@ def export_and_compare(tmp_path, qmodel, model, x):
     path = export_integer(qmodel, tmp_path / "export")
     imodel = load_integer(path, model)
     check_equal(qmodel, imodel, x)
+    if not Program.from_json(read_integer(path)[0]["program"]).foreign:
+        check_equal(qmodel, load_integer(path), x)
     return imodel
 
 

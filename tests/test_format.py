@@ -16,6 +16,7 @@ from torch import nn
 from apotfx import ApotfxError, BitPolicy, calibrate, quantize
 from apotfx.integer.format import _describe_tensor, export_integer, inspect_integer, read_integer
 from apotfx.integer.load import load_integer
+from apotfx.reproducible import folded_batch_norm
 
 
 def with_clips(*args):
@@ -46,7 +47,9 @@ def test_the_size_is_what_the_bits_say(bits, tmp_path):
 def test_read_integer_gives_the_integers_and_the_float_state(tmp_path):
     qmodel, _ = trained(MIXED)
     manifest, tensors = read_integer(export_integer(qmodel, tmp_path / "export"))
-    state = qmodel.state_dict()
+    state = {key: value for key, value in qmodel.state_dict().items() if not key.startswith("bn")}
+    for name in ("bn1", "bn2"):
+        state |= zip((f"{name}.multiplier", f"{name}.offset"), folded_batch_norm(qmodel.get_submodule(name)))
     assert tensors.keys() == {key for key in state if "_quantizer." not in key}
     quantized = {"conv1.weight": 8, "conv3.weight": 5, "fc.weight": 4}
     for key, tensor in tensors.items():
@@ -56,35 +59,6 @@ def test_read_integer_gives_the_integers_and_the_float_state(tmp_path):
         else:
             assert torch.equal(tensor, state[key])
     assert [layer["name"] for layer in manifest["layers"]] == ["conv1", "conv3", "pointwise", "fc"]
-
-
-def test_the_manifest_holds_the_batch_norm_behind_a_layer(tmp_path):
-    qmodel, _ = trained(policy())
-    manifest, _ = read_integer(export_integer(qmodel, tmp_path / "export"))
-    layers = {layer["name"]: layer for layer in manifest["layers"]}
-    x = torch.randn(5, 6, 3, 3, generator=torch.Generator().manual_seed(0))
-    for name, bn_name, channels in (("conv1", "bn1", 6), ("pointwise", "bn2", 4)):
-        entry = layers[name]["batch_norm"]
-        multiplier, bias = (torch.tensor(entry[key]).reshape(-1, 1, 1) for key in ("multiplier", "bias"))
-        expected = qmodel.get_submodule(bn_name)(x[:, :channels])
-        assert entry["name"] == bn_name
-        torch.testing.assert_close(x[:, :channels] * multiplier + bias, expected, rtol=1e-5, atol=1e-6)
-    assert [name for name, layer in layers.items() if "batch_norm" in layer] == ["conv1", "pointwise"]
-
-
-@pytest.mark.parametrize("second", [True, False], ids=["two-batch-norms", "one-call-without"])
-def test_a_shared_layer_has_no_single_batch_norm(second, tmp_path):
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.bn1, self.bn2 = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            x = self.layer(torch.relu(self.bn1(self.layer(x))))
-            return self.bn2(x) if second else x
-
-    path = export_integer(with_clips(Shared(), policy()), tmp_path / "export")
-    assert "batch_norm" not in read_integer(path)[0]["layers"][0]
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -117,7 +91,7 @@ def with_value(name, value):
     (lambda: quantize(Net(), BitPolicy.default(32)), "export: the model has no quantized layer"),
     (lambda: with_clips(Net(), policy()).conv1, "export: the model has no quantized layer"),
     (lambda: with_clips(Net(), policy()).double(),
-     r"export: bn1.weight is torch.float64, expected torch.float32; call model.float\(\) first"),
+     r"export: conv2.bias is torch.float64, expected torch.float32; call model.float\(\) first"),
     (lambda: with_clips(Net(), policy()).bfloat16(), "is torch.bfloat16, expected torch.float32"),
     (lambda: with_value("conv1.weight", float("nan")), "export: conv1.weight is not finite"),
     (lambda: with_value("fc.bias", float("inf")), "export: fc.bias is not finite"),
@@ -262,7 +236,7 @@ def lengthen(header, data):
 
 
 def swap(header, data):
-    header["bn1.bias"], header["bn1.weight"] = header["bn1.weight"], header["bn1.bias"]
+    header["bn1.offset"], header["bn1.multiplier"] = header["bn1.multiplier"], header["bn1.offset"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -279,7 +253,7 @@ def swap(header, data):
     (lambda header, data: header["fc.bias"].update(shape=[3, 1]), r"fc.bias is .*\[3, 1\].*, manifest.json says .*\[3\]"),
     (lambda header, data: header.update({"a\nb": header.pop("fc.bias")}),
      r"'a\\nb' is .*, manifest.json says absent; export the model again"),
-    (swap, "bn1.bias was altered .checksum.; export the model again"),
+    (swap, "bn1.multiplier was altered .checksum.; export the model again"),
 ], ids=[
     "longer", "large", "overflow", "negative", "unknown-type", "rare-type", "no-type", "more-data", "no-data", "type", "shape",
     "name", "swapped",
@@ -385,6 +359,6 @@ def test_an_infinite_setting_of_a_module_is_exported(tmp_path):
     assert "Infinity" not in (path / "manifest.json").read_text()
     load_integer(path, model)
     with pytest.raises(
-        ApotfxError, match=r"_1 \(Hardtanh\) where the model has _1 \(Hardtanh\), or with other settings"
+        ApotfxError, match=r"_1 \(functional.hardtanh\) where the model has _1 \(functional.hardtanh\), or with other settings"
     ):
         load_integer(path, nn.Sequential(model[0], nn.Hardtanh(-1, 6), model[2]))

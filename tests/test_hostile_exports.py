@@ -139,7 +139,7 @@ case("a million digits", text_of, with_metadata("9" * 10**6))
 case("a number beyond float64", text_of, with_metadata("1e999"))
 case("a number that JSON has not", text_of, with_metadata("NaN"))
 case("UTF-16", text_of, lambda old: old.encode("utf-16"))
-case("invalid UTF-8", text_of, lambda old: old.encode().replace(b"graph", b"gr\xffph"))
+case("invalid UTF-8", text_of, lambda old: old.encode().replace(b"program", b"pr\xffgram"))
 case("a byte order mark", text_of, lambda old: b"\xef\xbb\xbf" + old.encode())
 case("a NUL", text_of, lambda old: old + "\0")
 case("two documents", text_of, lambda old: old + old)
@@ -196,15 +196,15 @@ VALUES = {
     ("layers", 0, "rectifier"): [[1, 0], [0, 10**400], [None] * 10**6],
     ("layers", 0, "accumulator_bound"): [2**63, -1, 1e30],
     ("layers",): [[], [None], [{}] * 10**6],
-    ("graph",): [[], [{"name": "a", "calls": "b", "arguments": "c"}] * 10**5, [{"name": "a" * 10**6}]],
+    ("program", "steps"): [[], [{"step": "input", "name": "a", "inputs": []}] * 10**5, [{"name": "a" * 10**6}]],
     ("tensors",): [
         {}, {f"{i}": {"shape": [], "dtype": "bool", "sha256": "0" * 64} for i in range(50000)},
         {"x": {"shape": [LARGEST, 128], "dtype": "float32", "sha256": "0" * 64}},
     ],
-    ("tensors", "1.weight", "shape"): [[LARGEST], [-3], [3, 0, LARGEST, LARGEST, LARGEST], [1] * 17, [3, 1]],
-    ("tensors", "1.weight", "dtype"): ["float64", "int64", "quint8", "object", "__class__", 1],
+    ("tensors", "1.offset", "shape"): [[LARGEST], [-3], [3, 0, LARGEST, LARGEST, LARGEST], [1] * 17, [3, 1]],
+    ("tensors", "1.offset", "dtype"): ["float64", "int64", "quint8", "object", "__class__", 1],
     ("weights_sha256",): ["", "0" * 64, 1, "é" * 64],
-    ("version",): [3, 4.0, True, 10**400, "4" * 10**6],
+    ("version",): [4, 5.0, True, 10**400, "5" * 10**6],
 }  # fmt: skip
 OF_THE_NETWORK = {  # which tools build from the metadata
     "arch": ["vit", "torchvision/vit_h_14", "torchvision/regnet_y_128gf", "resnet152", "__import__('os')", "../mlp", "a" * 1000],
@@ -245,7 +245,7 @@ for size in (0, 1, 2**24 + 1, 2**32, 2**63, 2**64 - 1):
 
 
 def of_a_tensor(key, value):
-    return weights, lambda header, data: (header | {"1.weight": header["1.weight"] | {key: value}}, data)
+    return weights, lambda header, data: (header | {"1.offset": header["1.offset"] | {key: value}}, data)
 
 
 for number, offsets in enumerate(

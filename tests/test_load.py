@@ -161,10 +161,10 @@ def with_layer(name, layer):
      r"conv2.weight is float32 \[6, 3, 3, 3\], the model has float32 \[6, 6, 3, 3\]"),
     (lambda: with_layer("conv2", nn.Conv2d(6, 6, 3, padding="same", groups=2, bias=False)),
      r"conv2.bias is float32 \[6\], the model has absent"),
-    (WithoutBatchNorm, r"bn1.bias is float32 \[6\], the model has absent"),
+    (WithoutBatchNorm, r"bn1.multiplier is float32 \[6\], the model has absent"),
     (Extra, r"shift is absent, the model has float32 \[3\]"),
     (lambda: with_layer("fc", Subclassed(4, 3)), "layer fc has type Linear, in the model (Module|Subclassed)"),
-    (lambda: Net().double(), r"bn1.bias is float32 \[6\], the model has float64 \[6\]"),
+    (lambda: Net().double(), r"bn1.multiplier is float32 \[6\], the model has float64 \[6\]"),
     (lambda: nn.Sequential(nn.Linear(4, 3)), "layer conv1 is not in the model"),
     (lambda: quantize(Net(), MIXED), "layer conv1 has type Conv2d, in the model QuantConv2d"),
 ], ids=[
@@ -179,8 +179,8 @@ def test_another_model_is_refused(make, message, exported):
 
 
 def test_what_is_no_model_is_refused(exported):
-    with pytest.raises(ApotfxError, match="model: expected a torch.nn.Module, got NoneType"):
-        load_integer(exported[0], None)
+    with pytest.raises(ApotfxError, match="model: expected a torch.nn.Module, got str"):
+        load_integer(exported[0], "resnet18")
 
 
 def test_the_exports_that_the_refusals_start_from_are_fine(exported):
@@ -188,16 +188,6 @@ def test_the_exports_that_the_refusals_start_from_are_fine(exported):
     assert isinstance(load_integer(path, model).fc, IntegerLayer)
     assert not torch.equal(read_integer(path)[1]["fc.weight"], read_integer(other)[1]["fc.weight"])
     assert not any(isinstance(module, QuantLayer) for module in load_integer(other, model).modules())
-
-
-@pytest.mark.parametrize("change", [
-    lambda entry: entry["batch_norm"]["multiplier"].__setitem__(0, 1.0),
-    lambda entry: entry["batch_norm"].update(name="bn2"), lambda entry: entry.pop("batch_norm"),
-], ids=["multiplier", "name", "absent"])  # fmt: skip
-def test_another_batch_norm_than_the_models_is_refused(change, export, exported):
-    edit_manifest(export, lambda manifest: change(manifest["layers"][0]), sign=True)
-    with pytest.raises(ApotfxError, match="the batch norm behind layer conv1 is not what weights.safetensors and the"):
-        load_integer(export, exported[1])
 
 
 @pytest.mark.parametrize("rectifier", [None, [0.0, 6.0], [None, None]], ids=str)

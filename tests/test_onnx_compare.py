@@ -17,7 +17,7 @@ def test_a_comparison_finds_an_altered_file(tmp_path):
     onnx.save(file, tmp_path / "altered.onnx")
     comparison = compare_onnx(network, tmp_path / "altered.onnx", [batch(2, 3, 13, 11)])
     assert comparison.first.name == "5" and comparison.logits.differing
-    assert not comparison.nodes["_2"].codes.differing and not comparison.nodes["_2"].accumulators.differing
+    assert not comparison.nodes["2"].codes.differing and not comparison.nodes["2"].accumulators.differing
 
 
 def test_what_onnxruntime_cannot_load_is_one_line(tmp_path):

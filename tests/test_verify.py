@@ -15,13 +15,14 @@ import torch
 from helpers import MIXED, Conv1dNet, Conv3dNet, Net, data, needs_bytes, policy, trained
 from torch import nn
 
-from apotfx import ApotfxError, BitPolicy, LevelSet, calibrate, export_integer, load_integer, quantize
+from apotfx import ApotfxError, BitPolicy, LevelSet, calibrate, engine, export_integer, load_integer, quantize
 from apotfx.integer import onednn
 from apotfx.integer import verify as module
 from apotfx.integer.codes import pack_codes, unpack_codes
 from apotfx.integer.format import _describe_tensor
 from apotfx.integer.manifest import checksum
 from apotfx.integer.verify import Alteration, LayerAccumulators, Tally, compare, verify
+from apotfx.reproducible import folded_batch_norm
 from apotfx.layers import QuantLayer
 from apotfx.training.build import build_network
 from apotfx.training.checkpoint import save_checkpoint
@@ -300,7 +301,7 @@ ALTERATIONS = {
     "input-clip": (alter_entry(("input", "clip")), "layers.conv3.input.clip.0", (), 1),
     "level": (alter_entry(("weight", "levels"), 1), "layers.conv3.weight.levels.0", (), 1),
     "bias": (alter_tensor("fc.bias", 2), "fc.bias", (2,), 1),
-    "batch-norm": (alter_tensor("bn1.running_mean", 4), "bn1.running_mean", (4,), 1),
+    "batch-norm": (alter_tensor("bn1.offset", 4), "bn1.offset", (4,), 1),
     "swapped": (swap_layers, "conv3.bias", (0,), 6),
 }
 
@@ -327,7 +328,8 @@ def test_an_alteration_is_caught_and_located(alter, name, index, count, signed, 
         }  # fmt: skip
         assert alteration.expected == expected[layer.removeprefix("layers.conv3.")].item()
     else:
-        expected = qmodel.get_submodule(layer).state_dict()[key][index].item()
+        folded = key == "offset" and folded_batch_norm(qmodel.get_submodule(layer))[1]
+        expected = (folded if key == "offset" else qmodel.get_submodule(layer).state_dict()[key])[index].item()
         assert alteration.expected == expected != alteration.stored
     if not signed:
         assert any("checksum" in problem for problem in found.problems)
@@ -372,7 +374,7 @@ def test_a_manifest_that_is_none_is_refused_or_located(content, tmp_path):
     (path / "manifest.json").write_bytes(content)
     if b"layers" in content:
         found = verify(path, model, [data()], qmodel)
-        assert not found.equal and [a.name for a in found.alterations] == ["layers", "graph"]
+        assert not found.equal and [a.name for a in found.alterations] == ["layers", "program"]
     else:
         with pytest.raises(ApotfxError, match="manifest.json: (not|nested too deeply)"):
             verify(path, model, [data()], qmodel)
@@ -545,10 +547,20 @@ def test_other_data_give_2(finished, tmp_path, capsys):
     assert "digits: its images have 1 channels, the network takes 3; name the data" in capsys.readouterr().err
 
 
-def test_an_export_without_metadata_gives_2(tmp_path, capsys):
+def test_an_export_that_does_not_say_what_it_takes_needs_a_shape(tmp_path, capsys, monkeypatch):
     qmodel, _ = trained(policy())
-    assert call(export_integer(qmodel, tmp_path / "e")) == 2
-    assert "its metadata lack arch; pass the export of a run of tools/train.py" in capsys.readouterr().err
+    path = export_integer(qmodel, tmp_path / "e")
+    assert call(path) == 2
+    assert "does not say the shape of an input; pass --input-shape, such as 3,224,224" in capsys.readouterr().err
+    others = {"reference": load_integer(path), "again": load_integer(path)}
+    shape = data().shape[1:]
+    comparisons, _ = compare(others.pop("reference"), others, [data()])
+    assert comparisons["again"].first is None and comparisons["again"].nodes["fc"].codes.compared
+    assert call(path, "--input-shape", ",".join(map(str, shape)), "--backend", "reference") == 2
+    assert "nothing to compare its reference with" in capsys.readouterr().err
+    if engine.what_bytes_lack() is None:
+        assert call(path, "--input-shape", ",".join(map(str, shape))) == 0
+        assert "equal" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_gives_2(run, capsys):

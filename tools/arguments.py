@@ -109,3 +109,8 @@ def some_of(known: Sequence) -> Callable[[str], list]:
 def usable_cores() -> int:
     """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Sizes of at least 1, such as 3,224,224."""
+    return tuple(positive(part) for part in text.split(","))

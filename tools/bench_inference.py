@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import apotfx
 from apotfx.errors import ApotfxError
-from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.onednn import ByteLayer, Pointwise, what_onednn_lacks
+from apotfx.integer.program import Product
+from apotfx.integer.onednn import ByteLayer, Pointwise, Unfused, what_onednn_lacks
 
 BATCHES = {"mnist-resnet18": [1, 256]}
 USUAL_BATCHES = [1, 16]
@@ -317,7 +317,7 @@ class NodeTimer(fx.Interpreter):
 
 
 def part_of(module: nn.Module, namespaces: set[str]) -> str:
-    if isinstance(module, (ByteLayer, IntegerLayer)):
+    if isinstance(module, ByteLayer) or isinstance(module, Unfused) and isinstance(module.step, Product):
         return "8-bit layers" if "onednn" in namespaces else "float layers"
     return "between layers" if isinstance(module, Pointwise) else "other float"
 

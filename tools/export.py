@@ -34,6 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
         "uniform levels, is what the 8-bit paths of other runtimes recognise",
     )
     p.add_argument(
+        "--input-shape",
+        type=arg.sizes,
+        metavar="C,H,W",
+        help="of one input, where the export does not say it",
+    )
+    p.add_argument(
         "--data",
         type=arg.path,
         metavar="DIR",
@@ -50,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":  # what follows takes seconds to import; `main` imports this file as a module
     sys.exit(main())
 
+import apotfx
 from tabulate import tabulate
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from apotfx.errors import ApotfxError
-from apotfx.integer.load import load_integer
 from apotfx.integer.verify import NetworkComparison, Tally
 from apotfx.training.data import eval_batches, load_dataset
 from apotfx.training.exported import Exported, open_export
@@ -67,33 +73,36 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "c" and (args.flavour or args.data):
         raise ApotfxError(f"{'--flavour' if args.flavour else '--data'}: is for --format onnx")
     exported = open_export(args.path)
-    network = load_integer(exported.path, exported.float_model)
+    if args.data is not None and not exported.is_of_a_run:
+        raise ApotfxError(f"--data: {exported.path} does not say what images it takes; compare it with compare_onnx")
+    source = load(exported)
     images = None if args.data is None else test_images(exported, args.data)
     output = args.output or exported.path.absolute().parent / f"{exported.path.absolute().name}{SUFFIXES[args.format]}"
-    WRITERS[args.format](network, output, exported, args)
+    shape = args.input_shape or exported.metadata.get("input_shape")
+    if args.format == "onnx":
+        apotfx.export_onnx(source, output, input_shape=shape, flavour=args.flavour or "exact")
+    else:
+        apotfx.export_c(source, output, input_shape=shape, metadata=exported.metadata)
     size = sum(file.stat().st_size for file in (output.rglob("*") if output.is_dir() else [output]))
     print(f"{output}: {size:,} bytes")
-    equal = images is None or compare(network, output, images)
+    equal = images is None or compare(source, output, images)
     return 0 if equal or args.flavour == "qdq" else 1
 
 
-def write_onnx(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
-    from apotfx.integer.onnx import export_onnx
-
-    export_onnx(network, output, input_shape=exported.input_shape, flavour=args.flavour or "exact")
-
-
-def write_c(network: fx.GraphModule, output: Path, exported: Exported, args: argparse.Namespace) -> None:
-    from apotfx.integer.c import export_c
-
-    export_c(network, output, input_shape=exported.input_shape, metadata=exported.metadata)
+def load(exported: Exported) -> nn.Module:
+    """The integer network, with the code of the float one only where its program needs it."""
+    try:
+        return apotfx.load_integer(exported.path)
+    except ApotfxError:
+        if exported.float_model is None:
+            raise
+        return apotfx.load_integer(exported.path, exported.float_model)
 
 
-WRITERS = {"onnx": write_onnx, "c": write_c}
 SUFFIXES = {"onnx": ".onnx", "c": "-c"}
 
 
-def compare(network: fx.GraphModule, path: Path, images: Iterator[Tensor]) -> bool:
+def compare(network: nn.Module, path: Path, images: Iterator[Tensor]) -> bool:
     """Whether onnxruntime computes the same."""
     from apotfx.integer.onnx import compare_onnx
 

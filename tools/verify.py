@@ -23,6 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a run's directory, or its export (integer/ in it or a copy)",
     )
     p.add_argument("--data", type=arg.path, metavar="DIR", help="existing data; default APOTFX_DATA, or data/")
+    p.add_argument(
+        "--input-shape",
+        type=arg.sizes,
+        metavar="C,H,W",
+        help="of one input; random ones are compared where the export does not say what images it takes",
+    )
     p.add_argument("--images", type=arg.positive, metavar="N", help="the first N test images (default: all)")
     p.add_argument("-b", "--batch-size", type=arg.positive, default=250, help="(default %(default)s)")
     p.add_argument(
@@ -69,7 +75,7 @@ class Subject:
 
     path: Path
     best: Path | None
-    float_model: nn.Module
+    float_model: nn.Module | None
     qmodel: fx.GraphModule | None
     test: Split
     image_size: int
@@ -84,12 +90,17 @@ class Subject:
             yield batch
 
 
-def open_subject(path: str, data: Path | None) -> Subject:
+def open_subject(path: Path, data: Path | None, input_shape: tuple[int, ...] | None) -> "Subject | Stranger":
     """The network as its checkpoint has it, or, where there is none, as the export says."""
     export, best = find_export(path)
     if best is None:
         exported = open_export(export)
         m = exported.metadata
+        if not exported.is_of_a_run:
+            shape = input_shape or m.get("input_shape")
+            if shape is None:
+                raise ApotfxError(f"export {export}: does not say the shape of an input; pass --input-shape, such as 3,224,224")
+            return Stranger(export, tuple(shape))
         dataset = load_dataset(m["dataset"], data, image_size=m["dataset_image_size"])
         if dataset.in_channels != m["in_channels"]:
             raise ApotfxError(
@@ -107,9 +118,26 @@ def open_subject(path: str, data: Path | None) -> Subject:
     return Subject(export, best, network.float_model, network.qmodel.eval(), *images)
 
 
+RANDOM_INPUTS = 64
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """An export of somebody's own network: nothing is known but its program, and perhaps the shape of an input."""
+
+    path: Path
+    input_shape: tuple[int, ...]
+    best = float_model = qmodel = None
+    test = range(RANDOM_INPUTS)
+
+    def batches(self, batch_size: int, count: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        yield from torch.randn(count, *self.input_shape, generator=generator).split(batch_size)
+
+
 def run(args: argparse.Namespace) -> int:
     """1 if anything differs, else 0."""
-    subject = open_subject(args.path, args.data)
+    subject = open_subject(args.path, args.data, args.input_shape)
     total = len(subject.test)
     count = args.images or total
     if count > total:
@@ -120,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
-def report(found: Verification, subject: Subject, count: int) -> Iterator[str]:
+def report(found: Verification, subject: "Subject | Stranger", count: int) -> Iterator[str]:
     yield f"export {subject.path}"
     yield from found.problems
     if subject.best is not None:

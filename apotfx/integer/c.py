@@ -7,48 +7,54 @@ sets, its layers, the order of calls and the buffers between them (network.c), a
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes
 from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.operations import Operation, operations, refuse, shapes
+from apotfx.integer.load import opened
+from apotfx.integer.network import IntegerNetwork, shapes_of
+from apotfx.integer.program import Encode, Input, Product, Step, refuse
 from apotfx.levels import LevelSet
-from apotfx.modules import has_hooks
-from apotfx.operators import Convolution, accumulator_bits
+from apotfx.operators import Convolution, TransposedConvolution, accumulator_bits
 
 RUNTIME = Path(__file__).with_name("c_runtime")
 NARROW, WIDE = 32, 64  # bits of accumulators
 
 
 def export_c(
-    network: fx.GraphModule, path: str | os.PathLike, *, input_shape: tuple[int, int, int], metadata: dict
+    source: nn.Module | str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    input_shape: Sequence[int] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a program that computes the network to the new directory `path`; its network.c says how to compile it.
+    """Write a program that computes an integer network to the new directory `path`; its network.c says how to compile it.
 
     Accumulators, codes and outputs are those of the network in every bit.
 
     Args:
-        network: from `load_integer`, backend "reference".
-        input_shape: (C, H, W) of an image.
-        metadata: of the export: `mean` and `std` per channel of images / 255, for main.c, and perhaps `arch`.
+        source: an export that stands alone, or what `load_integer` returned with backend "reference".
+        input_shape: (C, H, W) of an image; by default what the export says.
+        metadata: for main.c, which reads images of bytes: `mean` and `std` per channel of images / 255 (0 and 1 where they
+            are absent), and perhaps `arch`; by default what the export says.
 
     Raises:
-        ApotfxError: `path` exists; the network has a layer in float, or an operation that is none of convolution, linear,
-            batch norm, ReLU, ReLU6, addition, maximum and average pool, flatten and identity, or not of 2-D images;
-            the metadata lack the mean or the standard deviation.
+        ApotfxError: `path` exists; the network has a layer in float, or a step that is none of convolution, linear, batch
+            norm, ReLU, ReLU6, addition, maximum and average pool and flatten, or not of 2-D images; no input shape.
     """
     path = Path(path)
     require_new(path)
+    network, input_shape, stated = opened(source, input_shape)
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
         raise ApotfxError(f"C: input_shape {input_shape!r}: expected (channels, height, width)")
-    write_directory(path, _Program(network, input_shape).files(metadata))
+    write_directory(path, _Source(network, input_shape).files(stated if metadata is None else metadata))
     return path
 
 
@@ -63,108 +69,110 @@ class _Call:
     in_place: bool = True  # whether the result may overwrite what it reads
 
 
-class _Program:
-    """Translates operation by operation; a value is named after the node whose memory holds it."""
+class _Source:
+    """Translates step by step; a value is named after the step whose memory holds it."""
 
-    def __init__(self, network: fx.GraphModule, input_shape: tuple[int, int, int]):
+    def __init__(self, network: IntegerNetwork, input_shape: tuple[int, int, int]):
         self.input_shape = input_shape
-        self.values: dict[fx.Node, str] = {}
+        self.network, self.program = network, network.program
+        self.steps = {step.name: step for step in self.program.steps}
+        self.values: dict[str, str] = {}
         self.calls: list[_Call] = []
         self.layers: list[str] = []  # definitions of network.c
         self.windows: list[str] = []
         self.weight_sets: dict[LevelSet, None] = {}
         self.input_sets: dict[LevelSet, None] = {}
         self.arrays: dict[str, str] = {}  # definitions of weights.h
-        self.names: dict[nn.Module, str] = {}  # of arrays: a module that is called twice has one set of them
+        self.names: dict[str, str] = {}  # of arrays: a layer that is called twice has one set of them
         self.widths: set[int] = set()
         self.sizes: dict[str, list[int]] = {"LEVELS": [1], "ACCUMULATORS": [1], "KERNEL": [1]}
-        steps = operations(network)
+        steps = self.program.needed()
         translations = [self._translation(step) for step in steps]  # refuses what C has not before anything runs
-        self.shapes = {node: tuple(shape[1:]) for node, shape in shapes(network, input_shape).items()}
+        self.shapes = {name: tuple(shape[1:]) for name, shape in shapes_of(network, input_shape).items()}
         for step, translate in zip(steps, translations):
             translate(step)
+        self._returns()
 
-    def _translation(self, step: Operation):
+    def _translation(self, step: Step) -> Callable[[Step], None]:
         translate = getattr(self, f"_{step.kind}", None)
-        if translate is None or (step.module is not None and has_hooks(step.module)):
+        if translate is None:
             raise refuse(step, "C")
         return translate
 
-    # Operations.
+    # Steps.
 
-    def _input(self, step: Operation) -> None:
+    def _input(self, step: Input) -> None:
         if self.values:
             raise refuse(step, "C")  # a second input
-        self.values[step.node] = "input"
+        self.values[step.name] = "input"
 
-    def _constant(self, step: Operation) -> None:
-        pass  # the mode of a dropout
-
-    def _output(self, step: Operation) -> None:
-        result = step.node.args[0]
-        if not isinstance(result, fx.Node) or len(self.shapes[result]) != 1 or self.values[result] == "input":
-            raise ApotfxError(f"C: the network returns {result}, expected one tensor [N, classes]")
+    def _returns(self) -> None:
+        result = self.program.result
+        if result is None or len(self.shapes[result]) != 1 or self.values[result] == "input":
+            raise ApotfxError("C: the network returns something else, expected one tensor [N, classes]")
         self.result = self.values[result]
         (self.num_outputs,) = self.shapes[result]
 
-    def _identity(self, step: Operation) -> None:
-        self.values[step.node] = self.values[step.inputs[0]]
+    def _encode(self, step: Encode) -> None:
+        """Part of the layer that takes the codes."""
+        self.values[step.name] = self.values[step.inputs[0]]
+        self.shapes[step.name] = self.shapes[step.inputs[0]]
 
-    def _flatten(self, step: Operation) -> None:
-        self.values[step.node] = self.values[step.inputs[0]]
+    def _flatten(self, step: Step) -> None:
+        self.values[step.name] = self.values[step.inputs[0]]
 
-    def _add(self, step: Operation) -> None:
-        a, b = (self.shapes[node] for node in step.inputs)
+    def _add(self, step: Step) -> None:
+        a, b = (self.shapes[name] for name in step.inputs)
         if a != b:
             raise refuse(step, "C")
         self._call(step, f"add({math.prod(a)}, {{0}}, {{1}}, {{y}})")
 
-    def _clamp(self, step: Operation) -> None:
-        count, low, high = math.prod(self.shapes[step.node]), step["low"], step["high"]
-        if (low, high) == (0, math.inf):
+    def _clamp(self, step: Step) -> None:
+        count, low, high = math.prod(self.shapes[step.name]), step.low, step.high
+        if (low, high) == (0, None):
             self._call(step, f"relu({count}, {{0}}, {{y}})")
         else:
             self._call(step, f"clamp({_float(low, step)}, {_float(high, step)}, {count}, {{0}}, {{y}})")
 
-    def _affine(self, step: Operation) -> None:
-        channels, *pixels = self.shapes[step.node]
-        name = self.names.setdefault(step.module, step.node.name)
-        for array in ("multiplier", "offset"):
-            self._floats(f"{name}_{array}", getattr(step.module, array), step)
+    def _affine(self, step: Step) -> None:
+        channels, *pixels = self.shapes[step.name]
+        name = self.names.setdefault(step.norm, step.name)
+        for array, tensor in zip(("multiplier", "offset"), step.tensors()):
+            self._floats(f"{name}_{array}", self.network.tensor(tensor), step)
         self._call(step, f"affine({name}_multiplier, {name}_offset, {channels}, {math.prod(pixels)}, {{0}}, {{y}})")
 
-    def _max_pool(self, step: Operation) -> None:
+    def _max_pool(self, step: Step) -> None:
         self._pool(
-            step, "max_pool(&{}, {{0}}, {{y}})", step["kernel"], step["stride"], step["padding"], step["dilation"]
+            step, "max_pool(&{}, {{0}}, {{y}})", step.kernel, step.stride, step.padding, step.dilation
         )
 
-    def _average_pool(self, step: Operation) -> None:
-        text = f"average_pool(&{{}}, {int(step['count_include_pad'])}, {{{{0}}}}, {{{{y}}}})"
-        self._pool(step, text, step["kernel"], step["stride"], step["padding"], (1, 1))
+    def _average_pool(self, step: Step) -> None:
+        text = f"average_pool(&{{}}, {int(step.count_include_pad)}, {{{{0}}}}, {{{{y}}}})"
+        self._pool(step, text, step.kernel, step.stride, step.padding, (1, 1))
 
-    def _global_average(self, step: Operation) -> None:
+    def _average(self, step: Step) -> None:
         shape = self.shapes[step.inputs[0]]
-        if {d % (len(shape) + 1) for d in step["dims"]} != {2, 3}:
+        if {d % (len(shape) + 1) for d in step.dims} != {2, 3}:
             raise refuse(step, "C")
         kernel = shape[1:]
         self._pool(step, "average_pool(&{}, 1, {{0}}, {{y}})", kernel, (1, 1), (0, 0), (1, 1))
 
-    def _pool(self, step: Operation, text: str, *geometry: tuple[int, ...]) -> None:
+    def _pool(self, step: Step, text: str, *geometry: tuple[int, ...]) -> None:
         shape = self.shapes[step.inputs[0]]
         if len(shape) != 3:
             raise refuse(step, "C")
-        name = f"{step.node.name}_window"
-        window = _window(shape, (*self.shapes[step.node], 1, 1)[:3], *geometry)
+        name = f"{step.name}_window"
+        window = _window(shape, (*self.shapes[step.name], 1, 1)[:3], *geometry)
         self.windows.append(f"static const Window {name} = {window};")
         self._call(step, text.format(name), in_place=False)
 
-    def _layer(self, step: Operation) -> None:
-        layer: IntegerLayer = step.module
+    def _product(self, step: Product) -> None:
+        layer = self.network.layer(step.layer)
         if not layer.is_integer:
             self._float_layer(step)
-        name = self.names.setdefault(layer, step.node.name)
+        name = self.names.setdefault(step.layer, step.name)
         scale = layer.scale.flatten()
-        window, groups = self._layer_window(step)
+        window, groups = self._layer_window(step, layer)
         low, high = layer.accumulator_range
         bits = accumulator_bits(low, high)
         width = NARROW if bits <= NARROW else WIDE
@@ -181,25 +189,27 @@ class _Program:
         self.layers.append(
             f"/* {shape}; weight {_describe(weight)}; input {_describe(inputs)};\n"
             f"   accumulators from {low} to {high}: {bits} bits */\n"
-            f"static const Layer {step.node.name}_layer = {{\n"
-            f'    .name = "{step.node.name}", .window = {window}, .groups = {groups},\n'
+            f"static const Layer {step.name}_layer = {{\n"
+            f'    .name = "{step.name}", .window = {window}, .groups = {groups},\n'
             f"    .encoder = {_encoder(layer, step)},\n"
             f"    .codes = {name}_codes, .bits = {weight.bits}, .magnitude_bits = {weight.magnitude_bits}, "
             f".levels = {_identifier(weight)}_levels,\n"
             f"    .scale = {name}_scale, .per_channel = {int(len(scale) > 1)}, "
             f".bias = {'NULL' if layer.bias is None else f'{name}_bias'},\n}};\n"
         )
-        self._call(step, f"convolve{width}(&{step.node.name}_layer, {{0}}, {{y}})")
+        self._call(step, f"convolve{width}(&{step.name}_layer, {{0}}, {{y}})")
 
-    def _float_layer(self, step: Operation) -> None:
-        raise ApotfxError(f"C: layer {step.node.target} computes in float; quantize its input and its weight")
+    def _float_layer(self, step: Step) -> None:
+        raise ApotfxError(f"C: layer {step.layer} computes in float; quantize its input and its weight")
 
-    def _layer_window(self, step: Operation) -> tuple[str, int]:
+    def _layer_window(self, step: Step, layer: IntegerLayer) -> tuple[str, int]:
         """(the window of a layer in C, its groups)"""
-        geometry, kernel = step.module.geometry, step.module.levels.shape[2:]
-        shape_x, shape_y = (self.shapes[node] for node in (step.inputs[0], step.node))
+        geometry, kernel = layer.geometry, layer.levels.shape[2:]
+        shape_x, shape_y = (self.shapes[name] for name in (step.inputs[0], step.name))
         stride = padding = dilation = (1, 1)
         groups = 1
+        if isinstance(geometry.operator, TransposedConvolution):
+            raise refuse(step, "C")
         if isinstance(geometry.operator, Convolution):
             stride, padding, dilation, groups = geometry.operator
             if geometry.pad:
@@ -215,17 +225,17 @@ class _Program:
         self.sizes["KERNEL"] += kernel
         return _window(shape_x, shape_y, kernel, stride, padding, dilation), groups
 
-    def _floats(self, name: str, values: Tensor, step: Operation) -> None:
+    def _floats(self, name: str, values: Tensor, step: Step) -> None:
         self.arrays[name] = _array("float", name, [_float(v, step) for v in values.tolist()], ", ")
 
-    def _call(self, step: Operation, text: str, in_place: bool = True) -> None:
-        reads, result = tuple(self.values[node] for node in step.inputs), step.node.name
-        self.values[step.node] = result
-        self.calls.append(_Call(f"{text};", reads, result, math.prod(self.shapes[step.node]), in_place))
+    def _call(self, step: Step, text: str, in_place: bool = True) -> None:
+        reads, result = tuple(self.values[name] for name in step.inputs), step.name
+        self.values[step.name] = result
+        self.calls.append(_Call(f"{text};", reads, result, math.prod(self.shapes[step.name]), in_place))
 
     # Files.
 
-    def files(self, metadata: dict) -> dict[str, bytes]:
+    def files(self, metadata: Mapping[str, object]) -> dict[str, bytes]:
         files = {
             "network.h": self._header(metadata),
             "network.c": self._source(metadata),
@@ -239,11 +249,11 @@ class _Program:
             files[f"convolve{width}.h"] = convolution.replace(str(NARROW), str(width))
         return {name: text.encode() for name, text in files.items()}
 
-    def _header(self, metadata: dict) -> str:
+    def _header(self, metadata: Mapping[str, object]) -> str:
         channels, height, width = self.input_shape
         statistics = {}
         for key in ("mean", "std"):
-            values = metadata.get(key)
+            values = metadata.get(key, [float(key == "std")] * channels)
             plain = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
             if not plain or len(values) != channels or (key == "std" and min(values) <= 0):
                 above = " above 0" if key == "std" else ""
@@ -274,7 +284,7 @@ extern void (*apotfx_trace)(const char *layer, size_t index, int64_t accumulator
 #endif
 """
 
-    def _source(self, metadata: dict) -> str:
+    def _source(self, metadata: Mapping[str, object]) -> str:
         calls, buffers = _allocate(self.calls, self.result)
         arch = re.sub(r"[^\w/.-]", "_", str(metadata.get("arch", "A network")), flags=re.ASCII)
         sizes = {name: max(sizes) for name, sizes in self.sizes.items()}
@@ -346,7 +356,7 @@ def _window(shape_x: Iterable[int], shape_y: Iterable[int], *geometry: Iterable[
     return "{" + ", ".join("{" + ", ".join(map(str, part)) + "}" for part in (shape_x, shape_y, *geometry)) + "}"
 
 
-def _encoder(layer: IntegerLayer, step: Operation) -> str:
+def _encoder(layer: IntegerLayer, step: Step) -> str:
     levels = layer.encoding
     by = 2 * levels.max / layer.input_clip
     # Rounding is monotonic: clamping x before it is multiplied, as an absorbed ReLU6 does, is clamping the product.
@@ -391,10 +401,10 @@ def _array(element: str, name: str, values: Iterable[str], separator: str) -> st
     return f"static const {element} {name}[] = {{\n{body}\n}};\n"
 
 
-def _float(value: float, step: Operation | None = None) -> str:
+def _float(value: float, step: Step | None = None) -> str:
     """The float32 `value`, exactly."""
     value = float(np.float32(value))
     if not math.isfinite(value):
-        where = "the metadata" if step is None else step.node.name
+        where = "the metadata" if step is None else step.name
         raise ApotfxError(f"C: {where} has the constant {value}, expected a finite number; train the network again")
     return f"{value}f" if value.is_integer() and abs(value) < 2**16 else re.sub(r"\.?0*p", "p", value.hex()) + "f"

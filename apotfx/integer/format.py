@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from apotfx.graph.facts import batch_norm_after
 from apotfx.errors import ApotfxError
 from apotfx.files import require_new, write_directory
 from apotfx.integer.codes import pack_codes, unpack_codes
-from apotfx.integer.graph import describe_graph
+from apotfx.integer.build import build_program
 from apotfx.integer.manifest import (
     CODES,
     FLOAT_WEIGHT,
@@ -41,7 +40,8 @@ from apotfx.layers import Geometry, QuantLayer
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.state import uncalibrated
-from apotfx.reproducible import folded_batch_norm
+from apotfx.integer.program import OPERATORS, Affine, Constant, Program
+from apotfx.reproducible import AttachedBatchNorm, folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
 
@@ -51,12 +51,20 @@ DTYPES = {
 }  # fmt: skip
 
 
-def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | None = None) -> Path:
+def export_integer(
+    qmodel: nn.Module,
+    path: str | os.PathLike,
+    metadata: dict | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+) -> Path:
     """Write the quantized network to the new directory `path`: written beside it first, then renamed.
 
     Args:
         qmodel: what `quantize` returned, float32, on any device.
-        metadata: JSON that goes into the manifest, such as the name of the architecture; the schema reserves some keys.
+        metadata: JSON that goes into the manifest, such as the name of the architecture; the schema reserves some keys, of
+            which `mean` and `std`, per channel of images / 255, serve the C program.
+        input_shape: of one input, such as (C, H, W), for whoever translates the export; goes into the metadata.
 
     Raises:
         ApotfxError: `path` exists, `qmodel` is not a float32 model from `quantize`, or has state that is not finite or of
@@ -72,14 +80,15 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
             f"export: the clips of {', '.join(names[:5])}{' ...' * (len(names) > 5)} never saw data; calibrate the network or "
             "train it first"
         )
-    batch_norms = describe_batch_norms(qmodel)
-    # Copies, as safetensors refuses tensors that share memory, such as tied weights.
-    _require_finite(layers, batch_norms)
-    state = _float_state(qmodel, layers)
+    program = build_program(qmodel)
+    norms = norms_of(program, qmodel)
+    _require_finite(layers, norms)
+    state = _float_state(qmodel, program, layers) | norms
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
             raise ApotfxError(f"export: {name} is a {kind} tensor, an export holds dense ones; call to_dense() on it")
+    # Copies, as safetensors refuses tensors that share memory, such as tied weights.
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -92,10 +101,10 @@ def export_integer(qmodel: nn.Module, path: str | os.PathLike, metadata: dict | 
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": _as_json(metadata or {}),
+        "metadata": _as_json((metadata or {}) | ({} if input_shape is None else {"input_shape": list(input_shape)})),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "layers": [_describe(name, m, batch_norms.get(name)) for name, m in layers.items()],
-        "graph": describe_graph(qmodel),
+        "layers": [_describe(name, m) for name, m in layers.items()],
+        "program": json.loads(json.dumps(program.to_json())),
         "tensors": {name: _describe_tensor(tensor) for name, tensor in tensors.items()},
     }
     manifest["manifest_sha256"] = checksum(manifest)
@@ -115,14 +124,12 @@ def _read_in_float(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> set[str]
     return read
 
 
-def _require_finite(layers: dict[str, QuantLayer], batch_norms: dict[str, dict]) -> None:
+def _require_finite(layers: dict[str, QuantLayer], norms: dict[str, Tensor]) -> None:
     state = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
     for name, layer in layers.items():
         tensors = (("weight", layer.weight), ("bias", layer.bias))
         state |= {f"{name}.{key}": tensor for key, tensor in tensors if tensor is not None}
-    for described in batch_norms.values():
-        state |= {f"{described['name']}.{key}": torch.tensor(described[key]) for key in ("multiplier", "bias")}
-    for name, tensor in state.items():
+    for name, tensor in (state | norms).items():
         if not tensor.isfinite().all():
             raise ApotfxError(f"export: {name} is not finite; the training diverged, export an earlier state")
 
@@ -136,9 +143,9 @@ def _as_json(metadata: dict) -> dict:
         ) from error
 
 
-def _float_state(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
+def _float_state(qmodel: nn.Module, program: Program, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
     """The state that stays in float: of a quantized layer the bias, and the weight if that is not quantized."""
-    state, read = state_outside(qmodel, layers), _read_in_float(qmodel, layers)
+    state, read = state_outside(qmodel, program, layers), _read_in_float(qmodel, layers)
     for name, layer in layers.items():
         if layer.is_replaced:
             raise ApotfxError(
@@ -159,9 +166,26 @@ def _float_state(qmodel: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, 
     return state
 
 
-def state_outside(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
-    """What `model` computes with, by state-dict name, without what belongs to `layers`."""
-    return {key: value.detach() for key, value in reached_state(model).items() if not _is_inside(key, layers)}
+def norms_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
+    """The batch norms of a network's program as the tensors of its export, the multiplication and the addition."""
+    tensors: dict[str, Tensor] = {}
+    for step in program.steps:
+        if isinstance(step, Affine):
+            tensors |= zip(step.tensors(), folded_batch_norm(model.get_submodule(step.norm)))
+    return tensors
+
+
+def state_outside(model: nn.Module, program: Program, layers: Collection[str]) -> dict[str, Tensor]:
+    """What `model` computes with, by state-dict name, without what belongs to `layers` or to batch norms that are steps."""
+    norms = {step.norm for step in program.steps if isinstance(step, Affine)}
+    attached = {name.rpartition(".")[0] for name in norms if isinstance(model.get_submodule(name), AttachedBatchNorm)}
+    read = {step.tensor for step in program.steps if isinstance(step, Constant)}
+    return {
+        key: value.detach()
+        for key, value in reached_state(model).items()
+        if not _is_inside(key, layers)
+        and (key in read or not _is_inside(key, norms) and key.rpartition(".")[0] not in attached)
+    }
 
 
 def _is_inside(key: str, layers: Collection[str]) -> bool:
@@ -169,7 +193,7 @@ def _is_inside(key: str, layers: Collection[str]) -> bool:
     return any(".".join(parts[:depth]) in layers for depth in range(1, len(parts)))
 
 
-def _describe(name: str, layer: QuantLayer, batch_norm: dict | None) -> dict:
+def _describe(name: str, layer: QuantLayer) -> dict:
     inputs, weights = layer.input_quantizer, layer.weight_quantizer
     entry = {
         "name": name,
@@ -182,14 +206,26 @@ def _describe(name: str, layer: QuantLayer, batch_norm: dict | None) -> dict:
         entry["accumulator_bound"] = accumulator_bound(
             torch.Size(entry["shape"]), weights.levels.max, inputs.levels.max
         )
-    if batch_norm is not None:
-        entry["batch_norm"] = batch_norm
     return entry
 
 
 def describe_rectifier(rectifier: tuple[float, float] | None) -> list | None:
     """JSON has no infinity."""
     return None if rectifier is None else [x if math.isfinite(x) else None for x in rectifier]
+
+
+def rectifier_of(entry: dict) -> tuple[float, float] | None:
+    """The inverse of `describe_rectifier`, of an entry of the manifest."""
+    if entry["rectifier"] is None:
+        return None
+    low, high = entry["rectifier"]
+    return (-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def geometry_of(entry: dict) -> Geometry:
+    """What an entry of the manifest says in its `operator`, `pad` and `pad_mode`."""
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["operator"].items() if k != "kind"}
+    return Geometry(OPERATORS[entry["operator"]["kind"]](**settings), tuple(entry["pad"]), entry["pad_mode"])
 
 
 def structure_of(layer: nn.Module, kind: str) -> dict:
@@ -208,23 +244,6 @@ def structure_of(layer: nn.Module, kind: str) -> dict:
 def _describe_quantizer(quantizer: Quantizer, scale: Tensor) -> dict:
     clip, scale = (values.flatten().tolist() for values in (quantizer.used_clip, scale))
     return describe_levels(quantizer.levels) | {"clip": clip, "scale": scale}
-
-
-def describe_batch_norms(model: nn.Module) -> dict[str, dict]:
-    """Per module the batch norm that is its only consumer, as the manifest has it."""
-    modules = dict(model.named_modules())
-    found: dict[str, set[str | None]] = {}
-    for node in graph_of(model).nodes:
-        if node.op == "call_module":
-            found.setdefault(node.target, set()).add(batch_norm_after(node, modules))
-    # A layer that is called several times may have several, or one after some of the calls only.
-    single = {layer: names.pop() for layer, names in found.items() if len(names) == 1}
-    described = {}
-    for layer, name in single.items():
-        if name is not None and modules[name].running_var is not None:
-            multiplier, offset = folded_batch_norm(modules[name])
-            described[layer] = {"name": name, "multiplier": multiplier.tolist(), "bias": offset.tolist()}
-    return described
 
 
 def _describe_tensor(tensor: Tensor) -> dict:
@@ -289,6 +308,10 @@ def inspect_integer(
             problems.append(f"{path / WEIGHTS}: {name} was altered (checksum); export the model again")
     for layer in manifest["layers"]:
         problems += [f"{path / WEIGHTS}: {problem}" for problem in _unpack_layer(layer, tensors)]
+    program = Program.from_json(manifest["program"])
+    for name in sorted({name for step in program.steps if isinstance(step, Affine) for name in step.tensors()}):
+        if not tensors[name].isfinite().all():
+            problems.append(f"{path / WEIGHTS}: {name} is not finite; export the model again")
     return manifest, tensors, problems
 
 

@@ -121,17 +121,24 @@ class IntegerLayer(StandIn):
     @torch.no_grad()
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """`output_size`: of a transposed convolution, as torch takes it."""
-        if not input.is_floating_point():
-            raise ApotfxError(f"layer {self.name}: its input is {input.dtype}, expected a floating-point type; convert it")
-        self.require_shape(input.shape)
-        _, accumulators = self.codes_and_accumulators(input, output_size)
-        return self.geometry.finish(accumulators.to(self.scale.dtype) * self.scale, self.bias, input)
+        return self.multiply(self.encode(input), output_size)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The levels of an input, integer-valued float; a float input is returned as it is."""
+        if not x.is_floating_point():
+            raise ApotfxError(f"layer {self.name}: its input is {x.dtype}, expected a floating-point type; convert it")
+        self.require_shape(x.shape)
+        return x if self.input_levels is None else F.encode(x, self.input_clip, self.encoding)
+
+    def multiply(self, n: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The output for an encoded input."""
+        y = self.accumulate(n, output_size)
+        return self.geometry.finish(y.to(self.scale.dtype) * self.scale, self.bias, n)
 
     def codes_and_accumulators(self, input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """As those of `QuantLayer`."""
-        codes = self.encode(self.geometry.prepare(input))
-        geometry = self.geometry.for_output_size(input, self.levels.shape[2:], output_size)
-        return codes, self.accumulate(codes, geometry.operator)
+        codes = self.encode(input)
+        return self.geometry.prepare(codes), self.accumulate(codes, output_size)
 
     def require_shape(self, shape: torch.Size) -> None:
         """Raises: ApotfxError: an input of that shape does not fit the layer."""
@@ -148,18 +155,13 @@ class IntegerLayer(StandIn):
                 "size and the channels that the network was trained with"
             )
 
-    def encode(self, prepared: Tensor) -> Tensor:
-        """The levels of a padded input, integer-valued float; a float input is returned as it is."""
-        if self.input_levels is None:
-            return prepared
-        return F.encode(prepared, self.input_clip, self.encoding)
-
-    def accumulate(self, n: Tensor, operator: Operator | None = None) -> Tensor:
-        """The accumulators of a padded and encoded input: sums of products of levels, exact in the dtype they have.
+    def accumulate(self, n: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The accumulators of an encoded input: sums of products of levels, exact in the dtype they have.
 
         With a float operand they are sums in float64, whose order hardly ever shows in float32.
         """
-        operator = operator or self.geometry.operator
+        operator = self.geometry.for_output_size(n, self.levels.shape[2:], output_size).operator
+        n = self.geometry.prepare(n)
         with torch.autocast(n.device.type, enabled=False):
             if not self.is_integer:
                 return operator.forward(n.double(), self.levels.double())

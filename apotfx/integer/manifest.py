@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from apotfx import files
 from apotfx.errors import ApotfxError
 from apotfx.integer.codes import storage_dtype
+from apotfx.integer.program import Encode, Product, Program
 from apotfx.levels import LevelSet
 from apotfx.operators import accumulator_bound
 
@@ -109,7 +110,7 @@ def _refusal(manifest: object) -> str | None:
         return f"not the manifest of an integer export (format {FORMAT})"
     again = "export the model again"
     if manifest.get("version") != VERSION:
-        return f"format version {_as_text(manifest.get('version'))}, expected {VERSION}; {again}"
+        return f"format version {_as_text(manifest.get('version'))}, expected {VERSION}; {again} (of a run: remove it and resume the run)"
     if manifest.get("manifest_sha256") != checksum(manifest):
         return f"was altered (checksum); {again}"
     problem = find_problem(manifest)
@@ -121,7 +122,13 @@ def find_problem(manifest: dict) -> str | None:
     if error := next(_VALIDATOR.iter_errors(manifest), None):
         return _explain(error, manifest)
     place, expected = next(_contradictions(manifest), ((), ""))
-    return _differs(manifest, place, expected) if place else None
+    if place:
+        return _differs(manifest, place, expected)
+    try:
+        _require_described(Program.from_json(manifest["program"]), manifest)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 # By the schema.
@@ -215,8 +222,26 @@ def _contradictions(manifest: dict) -> Iterator[tuple[Place, str]]:
             bound = accumulator_bound(torch.Size(layer["shape"]), *largest)
         if layer.get("accumulator_bound") != bound:
             yield ("layers", i, "accumulator_bound"), "it to be absent" if bound is None else str(bound)
-        for key in ("multiplier", "bias") if "batch_norm" in layer else ():
-            yield from _wrong_floats(("layers", i, "batch_norm", key), layer["batch_norm"][key])
+
+
+def _require_described(program: Program, manifest: dict) -> None:
+    """Raises: ValueError: a step refers to a layer or a tensor that is not in the manifest, or that is another."""
+    layers, steps = {layer["name"]: layer for layer in manifest["layers"]}, {}
+    for step in program.steps:
+        layer, place = layers.get(getattr(step, "layer", None)), f"the step {step.name[:60]} of the program"
+        if isinstance(step, (Encode, Product)):
+            if layer is None:
+                raise ValueError(f"{place} is of layer {step.layer[:60]!r}, expected one of layers")
+            encoded = isinstance(step, Product) and isinstance(steps[step.inputs[0]], Encode)
+            if len(step.inputs) != 1 or (layer["input"] is not None) != (encoded or isinstance(step, Encode)):
+                raise ValueError(f"{place} does not take what layer {step.layer[:60]} says of its input")
+            if encoded and steps[step.inputs[0]].layer != step.layer:
+                raise ValueError(f"{place} takes the codes of another layer, expected those of {step.layer[:60]}")
+        for name, dims in step.tensors().items():
+            tensor = manifest["tensors"].get(name)
+            if tensor is None or dims is not None and len(tensor["shape"]) != dims:
+                raise ValueError(f"{place} needs the tensor {name[:60]!r}" + (f" of {dims} dimensions" if dims else ""))
+        steps[step.name] = step
 
 
 def _wrong_geometry(place: Place, layer: dict) -> Iterator[tuple[Place, str]]:

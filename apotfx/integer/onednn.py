@@ -7,7 +7,7 @@ the order and with the roundings of the reference network, so that the results a
 
 import math
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,12 +19,12 @@ from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_plain
 from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.operations import Operation, operations
+from apotfx.integer.network import IntegerNetwork, as_program
+from apotfx.integer.program import Add, Affine, Clamp, Encode, Input, MaxPool, Product, Step, decode
 from apotfx.kernels import Encoder, Term
 from apotfx.modules import has_hooks
 from apotfx.operators import Convolution, TransposedConvolution, exact_dtype
 
-NEED_CONTIGUOUS = ("view", "as_strided")  # methods that depend on how a tensor lies in memory
 SHAPES_KEPT = 4  # of inputs, per layer, with a weight packed for them
 CACHED_FLOATS = 2**22  # of one activation; beyond the caches, memory is what a network waits for
 # Fewer multiplications than this are quicker in float32, as oneDNN's 8-bit operators take 40 us more to call (measured).
@@ -33,10 +33,12 @@ WORTH_BYTES = 2**21
 
 def what_onednn_lacks(network: nn.Module) -> str | None:
     """Why `network` cannot run on oneDNN's 8-bit operators here; None if it can."""
-    if not isinstance(network, fx.GraphModule):
+    if not isinstance(network, (fx.GraphModule, IntegerNetwork)):
         return "the network could not be traced"
     if not any(_takes_bytes(module) for module in network.modules()):
         return "no layer of the network fits 8-bit arithmetic"
+    if (reason := as_program(network).what_lacks()) is not None:
+        return reason
     if any(tensor.device.type != "cpu" for tensor in network.buffers()):
         return "the network is not on the CPU"
     return what_bytes_lack() or what_kernels_lack()
@@ -153,20 +155,18 @@ class Expression:
         plain = all(part is None for part in self.terms[0].arithmetic)
         return len(self.terms) == 1 and plain and not self.clamps
 
-    def can_enter(self, operation: Operation) -> bool:
-        """Whether the expression with `operation` applied to it is one too."""
-        if operation.kind == "identity":
-            return True
-        if operation.kind == "clamp":
+    def can_enter(self, step: Step | None) -> bool:
+        """Whether the expression with `step` applied to it is one too; None for the result of the network."""
+        if isinstance(step, Clamp):
             return not self.clamps
-        if self.clamps and operation.kind != "max_pool" or len(self.terms) > 1:
+        if self.clamps and not isinstance(step, MaxPool) or len(self.terms) > 1:
             return False
         (term,) = self.terms
-        if operation.kind == "affine":
+        if isinstance(step, Affine):
             return term.arithmetic.multiplier is None
-        if operation.kind == "max_pool":
-            return term.layer is not None and len(operation["kernel"]) == 2
-        return operation.kind == "add"
+        if isinstance(step, MaxPool):
+            return term.layer is not None and len(step.kernel) == 2
+        return isinstance(step, Add)
 
 
 class Pointwise(nn.Module):
@@ -210,109 +210,114 @@ class Pointwise(nn.Module):
         return Pointwise(plain, layers, keep_float)(x + y)
 
 
-class _Fusion:
-    """Builds the fused graph, operation by operation in order of execution."""
+class Unfused(nn.Module):
+    """A step as the reference computes it."""
 
-    def __init__(self, network: fx.GraphModule):
-        self.operations = {operation.node: operation for operation in operations(network)}
-        self.modules: dict[str, nn.Module | Tensor] = {}
+    def __init__(self, step: Step, network: IntegerNetwork):
+        super().__init__()
+        self.step, self.numbers = step, (network,)  # in a tuple: it is no submodule
+
+    def forward(self, *values: object) -> object:
+        return self.step.compute(*self.numbers, *values)
+
+
+class _Fusion:
+    """Builds the fused graph, step by step in order of execution."""
+
+    def __init__(self, network: IntegerNetwork):
+        self.network, self.program = network, network.program
+        self.readers = self.program.readers()
+        self.encoded = {step.name: step for step in self.program.steps if isinstance(step, Encode)}
+        self.calls = Counter(step.layer for step in self.program.steps if isinstance(step, Product))
+        self.modules: dict[str, nn.Module] = {}
         self.graph = fx.Graph()
-        self.floats: dict[fx.Node, fx.Node] = {}  # of the network to those of the fused graph
-        self.codes: dict[tuple[fx.Node, str], fx.Node] = {}  # by what is encoded, and the layer that takes it
-        self.pending: dict[fx.Node, Expression] = {}  # what the only reader of a node takes over
-        self.network = network
-        self.layers = {name: ByteLayer(m) for name, m in network.named_modules() if _takes_bytes(m)}
+        self.floats: dict[str, fx.Node] = {}  # of values to nodes of the fused graph
+        self.codes: dict[str, fx.Node] = {}  # the same of codes
+        self.pending: dict[str, Expression] = {}  # what the only reader of a value takes over
+        self.layers = {name: ByteLayer(network.layer(name)) for name in self.calls if _takes_bytes(network.layer(name))}
 
     def build(self) -> fx.GraphModule:
-        for operation in self.operations.values():
-            if operation.kind == "output":
-                self.graph.output(fx.map_arg(operation.node.args[0], self.floats.__getitem__))
-            else:
-                self._settle(operation.node, self._express(operation))
+        for step in self.program.steps:
+            if not self._takes_codes(step):  # its codes come with what it encodes
+                self._settle(step, self._express(step))
+        self.graph.output(decode(self.program.outputs, [self.floats[name] for name in self.program.results]))
         self.graph.lint()
         return fx.GraphModule(self.modules, self.graph)
 
-    def _express(self, operation: Operation) -> Expression:
-        node = operation.node
-        if operation.module is None or not has_hooks(operation.module):
-            if operation.kind == "layer" and node.target in self.layers:
-                return self._layer(operation)
-            if operation.kind == "affine":
-                return self._affine(operation)
-            if operation.kind == "clamp":
-                return replace(self._take(operation.inputs[0]), low=operation["low"], high=operation["high"])
-            if operation.kind == "add":
-                terms = [self._take(x) for x in operation.inputs]
-                return Expression(tuple(term for inner in terms for term in inner.terms))
-            if operation.kind == "max_pool" and len(operation["kernel"]) == 2:
-                return self._max_pool(operation)
-            if operation.kind == "identity":
-                return self._take(operation.inputs[0])
-        if node.op in ("call_module", "get_attr"):
-            self.modules[node.target] = operator.attrgetter(node.target)(self.network)
-        copied = self.graph.node_copy(node, self.floats.__getitem__)
-        if node.op == "call_method" and node.target in NEED_CONTIGUOUS:
-            with self.graph.inserting_before(copied):
-                copied.update_arg(0, self.graph.call_method("contiguous", (copied.args[0],)))
-        return Expression((Summand(copied),))
+    def _express(self, step: Step) -> Expression:
+        if isinstance(step, Input):
+            default = () if step.required else (step.default,)
+            return Expression((Summand(self.graph.create_node("placeholder", step.name, default)),))
+        if isinstance(step, Product) and step.layer in self.layers:
+            return self._layer(step)
+        if isinstance(step, Affine):
+            return self._affine(step)
+        if isinstance(step, Clamp):
+            high = math.inf if step.high is None else step.high
+            return replace(self._take(step.inputs[0]), low=step.low, high=high)
+        if isinstance(step, Add):
+            terms = [self._take(x) for x in step.inputs]
+            return Expression(tuple(term for inner in terms for term in inner.terms))
+        if isinstance(step, MaxPool) and len(step.kernel) == 2:
+            return self._max_pool(step)
+        return Expression((Summand(self._unfused(step, *map(self.floats.__getitem__, step.inputs))),))
 
-    def _take(self, node: fx.Node) -> Expression:
-        """What `node` is as an expression, if it has been left to its reader; else its value."""
-        return self.pending.pop(node, None) or Expression((Summand(self.floats[node]),))
+    def _take(self, name: str) -> Expression:
+        """What a value is as an expression, if it has been left to its reader; else the value."""
+        return self.pending.pop(name, None) or Expression((Summand(self.floats[name]),))
 
-    def _layer(self, operation: Operation) -> Expression:
-        name, layer = operation.node.target, self.layers[operation.node.target]
-        raw = self._call(name, layer, self.codes[operation.inputs[0], name])
+    def _layer(self, step: Product) -> Expression:
+        layer = self.layers[step.layer]
+        raw = self._call(step.layer, layer, self.codes[step.inputs[0]])
         axis = 1 if isinstance(layer.layer.geometry.operator, Convolution) else -1
         axes = frozenset() if layer.layer.bias is None else frozenset({axis})
-        called_once = sum(name == node.target for node in self.operations) == 1
+        called_once = self.calls[step.layer] == 1
         return Expression((Summand(raw, Term(layer.layer.bias), layer if called_once else None, axes),))
 
-    def _affine(self, operation: Operation) -> Expression:
-        (term,) = self._take(operation.inputs[0]).terms
-        affine = operation.module
-        arithmetic = term.arithmetic._replace(multiplier=affine.multiplier, offset=affine.offset)
+    def _affine(self, step: Affine) -> Expression:
+        (term,) = self._take(step.inputs[0]).terms
+        multiplier, offset = map(self.network.tensor, step.tensors())
+        arithmetic = term.arithmetic._replace(multiplier=multiplier, offset=offset)
         return Expression((replace(term, arithmetic=arithmetic, axes=term.axes | {1}),))
 
-    def _max_pool(self, operation: Operation) -> Expression:
+    def _max_pool(self, step: MaxPool) -> Expression:
         """The largest of the values that the arithmetic starts from: it keeps their order once its factors are positive."""
-        inner = self._take(operation.inputs[0])
+        inner = self._take(step.inputs[0])
         (term,) = inner.terms
         if term.layer is not None and term.arithmetic.multiplier is not None:
             bias, multiplier, offset = term.arithmetic
             sign = torch.where(multiplier < 0, -1.0, 1.0)
             term.layer.sign = sign.to(torch.int8)
             term = replace(term, arithmetic=Term(None if bias is None else bias * sign, multiplier * sign, offset))
-        arguments = [operation[key] for key in ("kernel", "stride", "padding", "dilation", "ceil_mode")]
-        pooled = self.graph.call_function(nn.functional.max_pool2d, (term.node, *arguments))
-        return replace(inner, terms=(replace(term, node=pooled),))
+        return replace(inner, terms=(replace(term, node=self._unfused(step, term.node)),))
 
-    def _settle(self, node: fx.Node, expression: Expression) -> None:
-        """Leave what `node` computes to its only reader, or compute it in the forms that its readers take."""
-        readers = [self.operations[user] for user in node.users]
+    def _settle(self, step: Step, expression: Expression) -> None:
+        """Leave what a step computes to its only reader, or compute it in the forms that its readers take."""
+        readers = self.readers[step.name]
         if len(readers) == 1 and expression.can_enter(readers[0]):
-            self.pending[node] = expression
+            self.pending[step.name] = expression
             return
-        taking = {
-            reader.node.target: self.layers[reader.node.target] for reader in readers if self._takes_codes(reader)
-        }
-        others = any(not self._takes_codes(reader) for reader in readers)
-        keep_float = others and not expression.is_node
+        taking = [reader for reader in readers if self._takes_codes(reader)]
+        keep_float = len(taking) < len(readers) and not expression.is_node
         if expression.is_node:
-            self.floats[node] = expression.terms[0].node
+            self.floats[step.name] = expression.terms[0].node
         if not taking and not keep_float:
             return
-        module = Pointwise(expression, list(taking.values()), keep_float)
-        result = self._call(f"{node.name}_pointwise", module, *(term.node for term in expression.terms))
+        module = Pointwise(expression, [self.layers[reader.layer] for reader in taking], keep_float)
+        result = self._call(f"_between.{step.name}", module, *(term.node for term in expression.terms))
         results = [result]
         if not module.single:
             results = [self.graph.call_function(operator.getitem, (result, i)) for i in range(len(taking) + keep_float)]
         if keep_float:
-            self.floats[node] = results.pop(0)
-        self.codes |= {(node, name): codes for name, codes in zip(taking, results, strict=True)}
+            self.floats[step.name] = results.pop(0)
+        self.codes |= {reader.name: codes for reader, codes in zip(taking, results, strict=True)}
 
-    def _takes_codes(self, operation: Operation) -> bool:
-        return operation.kind == "layer" and operation.node.target in self.layers
+    def _takes_codes(self, step: Step | None) -> bool:
+        """Whether it encodes for a layer that computes on bytes."""
+        return isinstance(step, Encode) and step.layer in self.layers
+
+    def _unfused(self, step: Step, *args: fx.Node) -> fx.Node:
+        return self._call(f"_steps.{step.name}", Unfused(step, self.network), *args)
 
     def _call(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
         self.modules[name] = module
@@ -326,20 +331,19 @@ class ByteNetwork(nn.Module):
     network was not made for, or followed by a tracer, go through the reference.
 
     Attributes:
-        reference: the network that it was made of.
+        reference: the network that it was made of, an `IntegerNetwork` or a GraphModule.
         fused: the graph of `ByteLayer`, `Pointwise` and what is left of the reference.
     """
 
-    def __init__(self, reference: fx.GraphModule):
+    def __init__(self, reference: nn.Module):
         super().__init__()
         self.reference = reference
-        found = operations(reference)
+        network = as_program(reference)
+        kinds = Counter(step.kind for step in network.program.steps)
         self.is_sequential = (
-            sum(operation.kind == "input" for operation in found) == 1
-            and isinstance(found[-1].node.args[0], fx.Node)
-            and not any(operation.kind == "other" for operation in found)
+            kinds["input"] == 1 and network.program.result is not None and not kinds["function"] and not kinds["foreign"]
         )
-        self.fused = _Fusion(reference).build().eval()
+        self.fused = _Fusion(network).build().eval()
         self.images_at_once: dict[torch.Size, int] = {}
 
     def forward(self, *tensors: Tensor, **more: Tensor) -> object:

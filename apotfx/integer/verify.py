@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 from apotfx.errors import ApotfxError
 from apotfx.integer.format import export_integer, inspect_integer, read_integer
 from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.load import BACKENDS, assemble
+from apotfx.integer.load import BACKENDS, assemble, stand_alone
 from apotfx.integer.manifest import MANIFEST, MAX_BYTES, parse_json, read_file
-from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, what_onednn_lacks
+from apotfx.integer.network import IntegerNetwork
+from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, Unfused, what_onednn_lacks
+from apotfx.integer.program import Encode, Product
 from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
 from apotfx.operators import accumulator_bits, accumulator_bound
@@ -177,7 +179,7 @@ class Verification:
 
 def verify(
     path: str | os.PathLike,
-    float_model: nn.Module,
+    float_model: nn.Module | None,
     batches: Iterable[Tensor | Sequence | Mapping[str, object]],
     qmodel: nn.Module | None = None,
     backend: str = ONEDNN,
@@ -191,7 +193,7 @@ def verify(
 
     Args:
         path: a directory that `export_integer` wrote.
-        float_model: the float model that was quantized; stays untouched.
+        float_model: the float model that was quantized; stays untouched. None for an export that stands alone.
         batches: inputs of the network on the CPU, the first dimension counting images; they run batch by batch. Each is a
             tensor, a sequence of positional arguments or a dict of keyword arguments.
         qmodel: the quantized network in evaluation mode, on the CPU.
@@ -209,7 +211,10 @@ def verify(
     path, tensors, problems, refusal = Path(path), {}, [], None
     try:
         manifest, tensors, problems = inspect_integer(path, float_model)
-        reference = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
+        if float_model is None:
+            reference = stand_alone(manifest, tensors, path)
+        else:
+            reference = assemble(manifest, tensors, float_model, path, concrete_args, example_inputs)
     except ApotfxError as error:
         refusal = error
     alterations = [] if qmodel is None else find_alterations(path, tensors, qmodel)
@@ -256,7 +261,7 @@ def find_alterations(path: Path, tensors: dict[str, Tensor], qmodel: fx.GraphMod
     except ValueError:
         manifest = None
     if isinstance(manifest, dict):
-        for part in ("layers", "graph"):
+        for part in ("layers", "program"):
             found += _altered_entries(part, manifest.get(part, ABSENT), expected_manifest[part])
     return [alteration for alteration in found if alteration is not None]
 
@@ -342,6 +347,9 @@ def _steps(network: nn.Module, images: Tensor) -> Iterator[_Step]:
 
     Of a `ByteNetwork`, and of a network without a graph, the layers and the result.
     """
+    if isinstance(network, IntegerNetwork):
+        yield from _of_program(network, images)
+        return
     if not isinstance(network, (ByteNetwork, fx.GraphModule)):
         yield from _layers(network, images)
         return
@@ -357,6 +365,35 @@ def _steps(network: nn.Module, images: Tensor) -> Iterator[_Step]:
     args, kwargs = bind(images)
     with torch.no_grad():
         yield _Step("output", None, None, network(*args, **kwargs))
+
+
+@torch.no_grad()
+def _of_program(network: IntegerNetwork, images: Tensor) -> Iterator[_Step]:
+    """The layers, and the result."""
+    args, kwargs = bind(images)
+    codes, results = {}, {}
+    for step, value in network.run(args, kwargs):
+        if step.name in network.program.results:
+            results[step.name] = value
+        if isinstance(step, Encode):
+            codes[step.name] = value
+        elif isinstance(step, Product):
+            yield _product(step, network, codes.pop(step.inputs[0], None), value)
+    yield _Step("output", None, None, _joined(network.result(results)))
+
+
+def _product(step: Product, network: IntegerNetwork, codes: Tensor | None, value: Tensor) -> _Step:
+    """`codes`: None for a layer whose input stays float."""
+    layer = network.layer(step.layer)
+    if codes is None:
+        return _Step(step.layer, None, None, value)
+    return _Step(step.layer, layer.geometry.prepare(codes), layer.accumulate(codes), value)
+
+
+def _joined(result: object) -> Tensor:
+    """All tensors of a result as one."""
+    parts = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    return parts[0] if len(parts) == 1 else torch.cat([x.flatten() for x in parts])
 
 
 @torch.no_grad()
@@ -376,13 +413,13 @@ def _layers(network: nn.Module, images: Tensor) -> list[_Step]:
     finally:
         for handle in handles:
             handle.remove()
-    parts = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-    return [*steps, _Step("output", None, None, parts[0] if len(parts) == 1 else torch.cat([x.flatten() for x in parts]))]
+    return [*steps, _Step("output", None, None, _joined(result))]
 
 
 @torch.no_grad()
 def _nodes(graph_module: fx.GraphModule, images: Tensor) -> Iterator[_Step]:
     modules = dict(graph_module.named_modules())
+    encoded = {m.step.name for m in modules.values() if isinstance(m, Unfused) and isinstance(m.step, Encode)}
     interpreter = fx.Interpreter(graph_module)
     args, kwargs = bind(images)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -396,6 +433,10 @@ def _nodes(graph_module: fx.GraphModule, images: Tensor) -> Iterator[_Step]:
         if isinstance(module, (QuantLayer, IntegerLayer)):
             args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
             codes, accumulators = module.codes_and_accumulators(*args, **kwargs)
+        elif isinstance(module, Unfused) and isinstance(module.step, Product):
+            inputs = interpreter.env[node.all_input_nodes[0]] if module.step.inputs[0] in encoded else None
+            yield _product(module.step, *module.numbers, inputs, value)
+            continue
         elif isinstance(module, ByteLayer):
             levels = interpreter.env[node.all_input_nodes[0]]
             codes, accumulators, outputs = levels.float() - module.zero_point, module.accumulators(levels), None

@@ -29,6 +29,7 @@ def export_metadata(config: TrainConfig, dataset: Dataset, image_size: int) -> d
         "num_classes": dataset.num_classes,
         "dataset_image_size": dataset.image_size,
         "image_size": image_size,
+        "input_shape": [dataset.in_channels, image_size, image_size],
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
@@ -40,20 +41,20 @@ class Exported:
 
     Attributes:
         path: its directory.
-        metadata: what `export_metadata` gave.
-        float_model: a fresh network of the architecture, for `load_integer`.
+        metadata: what `export_metadata` gave, or whatever its maker wrote.
+        float_model: a fresh network of the architecture; None where the metadata do not say which.
         best: the run's checkpoint that was exported; None where only the export is at hand.
     """
 
     path: Path
     metadata: dict
-    float_model: nn.Module
+    float_model: nn.Module | None
     best: Path | None
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the normalized images that the network takes."""
-        return (self.metadata["in_channels"], self.metadata["image_size"], self.metadata["image_size"])
+    def is_of_a_run(self) -> bool:
+        """Whether its metadata say which network it is, and what images it takes."""
+        return self.float_model is not None
 
     def quantized_model(self) -> fx.GraphModule | None:
         """The trained network before its export, in evaluation mode; None without a checkpoint."""
@@ -89,19 +90,16 @@ def find_export(path: str | os.PathLike) -> tuple[Path, Path | None]:
 
 
 def open_export(path: str | os.PathLike) -> Exported:
-    """The export that a run wrote, at a path as `find_export` takes it.
+    """The export at a path as `find_export` takes it.
 
     Raises:
-        ApotfxError: as `find_export`; or an export that does not say which network it is of.
+        ApotfxError: as `find_export` and `read_manifest`.
     """
     path, best = find_export(path)
     manifest = read_manifest(path / MANIFEST)
     metadata = manifest["metadata"]
-    missing = sorted(_METADATA - metadata.keys())
-    if missing:
-        raise ApotfxError(
-            f"{path / MANIFEST}: its metadata lack {missing[0]}; pass the export of a run of tools/train.py"
-        )
+    if _METADATA - metadata.keys():
+        return Exported(path, metadata, None, best)
     float_model, _ = build_model(
         metadata["arch"],
         in_channels=metadata["in_channels"],

@@ -7,17 +7,17 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import helper
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from apotfx.errors import ApotfxError
-from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.onnx.exact import byte_zero_point
-from apotfx.integer.operations import operations
+from apotfx.integer.network import IntegerNetwork, as_program
+from apotfx.integer.program import Encode, Product
 from apotfx.integer.verify import NetworkComparison, NodeComparison
 
 
 def compare_onnx(
-    network: fx.GraphModule, path: str | os.PathLike, batches: Iterable[Tensor], optimize: bool = True
+    network: nn.Module, path: str | os.PathLike, batches: Iterable[Tensor], optimize: bool = True
 ) -> NetworkComparison:
     """Run images through the network and, in onnxruntime, through its ONNX file.
 
@@ -35,8 +35,10 @@ def compare_onnx(
     path = Path(path)
     model = onnx.load_model_from_string(path.read_bytes())
     computed = {value for node in model.graph.node for value in node.output}
-    layers = [o.node.name for o in operations(network) if o.kind == "layer" and o.module.input_levels is not None]
-    shown = [value for name in layers for value in (f"{name}.levels", f"{name}.accumulators") if value in computed]
+    network = as_program(network)
+    steps = [step for step in network.program.steps if isinstance(step, (Encode, Product))]
+    names = (step.name if isinstance(step, Encode) else f"{step.name}.accumulators" for step in steps)
+    shown = [name for name in names if name in computed]
     plain = _session(path, model, optimize)
     model.graph.output.extend(helper.make_empty_tensor_value_info(value) for value in shown)
     verbose = _session(path, model, optimize)
@@ -46,43 +48,35 @@ def compare_onnx(
         feed = {plain.get_inputs()[0].name: images.numpy()}
         (logits,) = map(torch.from_numpy, plain.run(None, feed))
         values = dict(zip(shown, map(torch.from_numpy, verbose.run(shown, feed)))) if shown else {}
-        recorder = _Recorder(network)
-        expected = recorder.run(images)
-        _compare_layers(comparison, recorder, values, first_image)
+        expected = _recorded(network, images, values, comparison, first_image)
         comparison.logits.add(expected, logits, first_image)
         comparison.predictions.add(expected.argmax(-1), logits.argmax(-1), first_image)
         first_image += len(images)
     return comparison
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a network and keeps the codes, before padding, and accumulators of every layer with a quantized input."""
-
-    def __init__(self, network: fx.GraphModule):
-        super().__init__(network)
-        self.layers: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        module = self.module.get_submodule(n.target) if n.op == "call_module" else None
-        if isinstance(module, IntegerLayer) and module.input_levels is not None:
-            (x,), _ = self.fetch_args_kwargs_from_env(n)
-            _, accumulators = module.codes_and_accumulators(x)
-            self.layers[n] = module.encode(x), accumulators
-        return super().run_node(n)
-
-
-def _compare_layers(
-    comparison: NetworkComparison, recorder: _Recorder, values: dict[str, Tensor], first_image: int
-) -> None:
-    for node, (codes, accumulators) in recorder.layers.items():
-        layer = recorder.module.get_submodule(node.target)
-        tallies = comparison.nodes.setdefault(node.name, NodeComparison(node.target))
-        levels, sums = values.get(f"{node.name}.levels"), values.get(f"{node.name}.accumulators")
-        if levels is not None:
-            zero_point = byte_zero_point(layer) if levels.dtype == torch.uint8 else 0
-            tallies.codes.add(codes, levels.to(codes.dtype) - zero_point, first_image)
-        if sums is not None and layer.is_integer:
+@torch.no_grad()
+def _recorded(
+    network: IntegerNetwork, images: Tensor, values: dict[str, Tensor], comparison: NetworkComparison, first_image: int
+) -> Tensor:
+    """The result of the network, after comparing codes, before padding, and accumulators on the way."""
+    results, codes = {}, {}
+    for step, value in network.run((images,), {}):
+        if step.name in network.program.results:
+            results[step.name] = value
+        if not isinstance(step, (Encode, Product)):
+            continue
+        layer = network.layer(step.layer)
+        tallies = comparison.nodes.setdefault(step.layer, NodeComparison(step.layer))
+        if isinstance(step, Encode):
+            codes = {step.name: value}
+            if (levels := values.get(step.name)) is not None:
+                zero_point = byte_zero_point(layer) if levels.dtype == torch.uint8 else 0
+                tallies.codes.add(value, levels.to(value.dtype) - zero_point, first_image)
+        elif layer.is_integer and (sums := values.get(f"{step.name}.accumulators")) is not None:
+            accumulators = layer.accumulate(codes[step.inputs[0]])
             tallies.accumulators.add(accumulators, sums.to(accumulators.dtype), first_image)
+    return network.result(results)
 
 
 def _session(path: Path, model: onnx.ModelProto, optimize: bool):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.onnx.graph import MAX_BYTE, Translation, is_uniform
-from apotfx.integer.operations import Operation
+from apotfx.integer.program import Encode, Step
 from apotfx.levels import LevelSet
 from apotfx.operators import FLOAT32_EXACT, INT32_EXACT, MatrixProduct
 
@@ -27,15 +27,14 @@ LEAST_RUN = 16  # bytes that lie side by side; to copy windows of fewer costs mo
 class Exact(Translation):
     """The flavour "exact"."""
 
-    def translate_layer(self, operation: Operation, name: str, x: str) -> str:
-        layer = operation.module
-        n = x if layer.input_levels is None else self._encode(operation, name, x)
+    def translate_layer(self, layer: IntegerLayer, step: Step, n: str) -> str:
+        name = step.name
         if _suits_bytes(layer):
-            y, is_int32 = self._in_bytes(operation, name, n), True
+            y, is_int32 = self._in_bytes(layer, step, n), True
         elif layer.is_integer and layer.accumulator_bound >= FLOAT32_EXACT:
-            y, is_int32 = self._in_double(operation, name, n), False
+            y, is_int32 = self._in_double(layer, step, n), False
         else:
-            y, is_int32 = self._in_float(operation, name, n), layer.is_integer
+            y, is_int32 = self._in_float(layer, step, n), layer.is_integer
         scaled = name if layer.bias is None else f"{name}.scaled"
         if is_int32:
             scale = self.constant(f"{layer.name}.scale", layer.scale.flatten() if layer.scale.dim() else layer.scale)
@@ -47,9 +46,9 @@ class Exact(Translation):
 
     # Levels of the input.
 
-    def _encode(self, operation: Operation, name: str, x: str) -> str:
+    def translate_encode(self, step: Encode, name: str, x: str) -> str:
         """`functional.encode`: levels as bytes, plus the layer's zero point, or as float."""
-        layer = operation.module
+        layer = self.layer_of(step)
         levels, to_bytes = layer.encoding, _suits_bytes(layer)
         by = 2 * levels.max / layer.input_clip
         # A product is monotone in its factors, also after rounding: the rectifier's range can follow it.
@@ -61,21 +60,21 @@ class Exact(Translation):
             half = self._positions(layer, name, x, by / 2, low / 2, high / 2)
             rounding = self.add("Add", [half, self.constant("before_half", BEFORE_HALF)], f"{name}.rounding")
             if to_bytes:
-                return self.add("Cast", [rounding], f"{name}.levels", to=TensorProto.UINT8)
-            return self.add("Floor", [rounding], f"{name}.levels")
-        n = self._look_up(operation, name, self._positions(layer, name, x, by, low, high), to_bytes)
-        return self.add("Cast", [n], f"{name}.levels", to=TensorProto.UINT8) if to_bytes else n
+                return self.add("Cast", [rounding], name, to=TensorProto.UINT8)
+            return self.add("Floor", [rounding], name)
+        n = self._look_up(layer, step, self._positions(layer, name, x, by, low, high), to_bytes)
+        return self.add("Cast", [n], name, to=TensorProto.UINT8) if to_bytes else n
 
     def _positions(self, layer: IntegerLayer, name: str, x: str, by: Tensor, low: Tensor, high: Tensor) -> str:
         x = self.add("Mul", [x, self.constant(f"{layer.name}.positions_per_unit", by)], f"{name}.unclipped")
         return self.clip(layer, x, low, high, f"{name}.positions")
 
-    def _look_up(self, operation: Operation, name: str, positions: str, to_bytes: bool) -> str:
+    def _look_up(self, layer: IntegerLayer, step: Encode, positions: str, to_bytes: bool) -> str:
         """The levels at positions, as float; `to_bytes` adds the zero point.
 
         In one dimension, as GatherElements, which is 10 times faster in onnxruntime than Gather, asks for it.
         """
-        layer, levels = operation.module, operation.module.encoding
+        name, levels = step.name, layer.encoding
         index = self.add("Cast", [positions], f"{name}.index", to=TensorProto.INT32)  # truncates
         index = self.add("Reshape", [index, self.integers(-1)], f"{name}.flat_index")
         zero_point = byte_zero_point(layer) if to_bytes else 0
@@ -85,13 +84,13 @@ class Exact(Translation):
         n = self.add(
             "GatherElements", [self.constant(key, rolled + zero_point), index], f"{name}.flat_levels", axis=0
         )
-        shape = self.integers(-1, *self.shapes[operation.inputs[0]][1:])
-        return self.add("Reshape", [n, shape], f"{name}.float_levels" if to_bytes else f"{name}.levels")
+        shape = self.integers(-1, *self.shapes[step.inputs[0]][1:])
+        return self.add("Reshape", [n, shape], f"{name}.float_levels" if to_bytes else name)
 
     # Accumulators.
 
-    def _in_float(self, operation: Operation, name: str, n: str) -> str:
-        layer, operator = operation.module, operation.module.geometry.operator
+    def _in_float(self, layer: IntegerLayer, step: Step, n: str) -> str:
+        name, operator = step.name, layer.geometry.operator
         result = f"{name}.sums" if layer.is_integer else f"{name}.accumulators"
         if isinstance(operator, MatrixProduct):
             y = self.add("MatMul", [n, self._weight(layer, name, layer.levels.mT, TensorProto.FLOAT)], result)
@@ -100,11 +99,11 @@ class Exact(Translation):
             y = self.convolution(layer, [n, self._weight(layer, name, layer.levels, TensorProto.FLOAT)], result)
         return self.add("Cast", [y], f"{name}.accumulators", to=TensorProto.INT32) if layer.is_integer else y
 
-    def _in_bytes(self, operation: Operation, name: str, n: str) -> str:
+    def _in_bytes(self, layer: IntegerLayer, step: Step, n: str) -> str:
         """As a matrix product of bytes: onnxruntime's is several times faster than its convolutions."""
-        layer = operation.module
+        name = step.name
         zero_point = self.byte(byte_zero_point(layer))
-        rows, weight = self._columns(operation, name, n, zero_point)
+        rows, weight = self._columns(layer, step, n, zero_point)
         if 2 * int(layer.levels.abs().max()) * (byte_zero_point(layer) + layer.input_levels.max) <= MAX_PAIR:
             inputs = [rows, self._weight(layer, name, weight, TensorProto.INT8), zero_point]
         else:  # a product of two unsigned bytes is safe everywhere
@@ -113,12 +112,12 @@ class Exact(Translation):
         if isinstance(layer.geometry.operator, MatrixProduct):
             return self.add("MatMulInteger", inputs, f"{name}.accumulators")
         y = self.add("MatMulInteger", inputs, f"{name}.products")
-        return self._channels_second(operation, f"{name}.accumulators", y)
+        return self._channels_second(step, f"{name}.accumulators", y)
 
-    def _in_double(self, operation: Operation, name: str, n: str) -> str:
-        layer, outputs = operation.module, self.shapes[operation.node]
+    def _in_double(self, layer: IntegerLayer, step: Step, n: str) -> str:
+        name, outputs = step.name, self.shapes[step.name]
         n = self.add("Cast", [n], f"{name}.double_levels", to=TensorProto.DOUBLE)
-        rows, weight = self._columns(operation, name, n, self.number(0, np.float64))
+        rows, weight = self._columns(layer, step, n, self.number(0, np.float64))
         groups = getattr(layer.geometry.operator, "groups", 1)
         if groups > 1:  # a batch of products, one per group
             channels, taps = layer.levels.shape[1], layer.levels.shape[2:].numel()
@@ -132,12 +131,12 @@ class Exact(Translation):
             y = self.add("Transpose", [y], f"{name}.group_products", perm=[0, 1, 3, 2])
             y = self.add("Reshape", [y, self.integers(-1, *outputs[1:])], f"{name}.sums")
         elif not isinstance(layer.geometry.operator, MatrixProduct):
-            y = self._channels_second(operation, f"{name}.sums", y)
+            y = self._channels_second(step, f"{name}.sums", y)
         return self.add("Cast", [y], f"{name}.accumulators", to=TensorProto.FLOAT)
 
-    def _columns(self, operation: Operation, name: str, n: str, zero: str) -> tuple[str, Tensor]:
+    def _columns(self, layer: IntegerLayer, step: Step, n: str, zero: str) -> tuple[str, Tensor]:
         """(the windows of a layer's input as rows [N, ..., K], its weight [K, C_out]): a matrix product is left."""
-        layer, operator = operation.module, operation.module.geometry.operator
+        name, operator = step.name, layer.geometry.operator
         if isinstance(operator, MatrixProduct):
             return n, layer.levels.mT
         n = self.pad_input(layer, name, n, zero)
@@ -147,12 +146,12 @@ class Exact(Translation):
         for d in reversed(dims):
             n = self.windows(
                 n, f"{name}.{d}", "Concat", 1 + d, layer.levels.shape[2 + d], operator.stride[d], operator.dilation[d],
-                self.shapes[operation.node][2 + d],
+                self.shapes[step.name][2 + d],
             )  # fmt: skip
         return n, layer.levels.permute(*(2 + d for d in dims), 1, 0).flatten(0, -2)
 
-    def _channels_second(self, operation: Operation, name: str, y: str) -> str:
-        dims = len(self.shapes[operation.node]) - 2
+    def _channels_second(self, step: Step, name: str, y: str) -> str:
+        dims = len(self.shapes[step.name]) - 2
         return self.add("Transpose", [y], name, perm=[0, dims + 1, *range(1, dims + 1)])
 
     def _weight(self, layer: IntegerLayer, name: str, n: Tensor, dtype: int) -> str:

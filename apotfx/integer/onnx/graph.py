@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, fx
+from torch import Tensor
 
 from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
-from apotfx.integer.operations import Operation, operations, refuse, shapes
+from apotfx.integer.network import IntegerNetwork, shapes_of
+from apotfx.integer.program import Encode, FloatLayer, Input, Product, Step, refuse
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
-from apotfx.modules import has_hooks
+from apotfx.operators import TransposedConvolution
 
 BATCH = "N"
 OPSET, OPSET_WRAP, OPSET_INT4 = 18, 19, 21
@@ -60,105 +60,113 @@ class Graph:
 
 
 class Translation(Graph):
-    """Node by node: `translate_KIND` takes an operation, its name and the values it reads, and returns its value.
+    """Step by step: `translate_KIND` takes a step, its name and the values it reads, and returns its value.
 
-    A flavour adds `translate_layer`, and may replace others.
+    A flavour adds `translate_encode` and `translate_layer`, and may replace others.
     """
 
-    def __init__(self, network: fx.GraphModule, input_shape: tuple[int, ...]):
+    def __init__(self, network: IntegerNetwork, input_shape: tuple[int, ...]):
         super().__init__()
-        self.operations = [_as_layer(o) if o.kind == "float_layer" else o for o in operations(network)]
-        self.shapes = shapes(network, input_shape)
-        self.values: dict[fx.Node, str] = {}
+        self.network, self.program = network, network.program
+        self.shapes = shapes_of(network, input_shape)
+        self.steps = {step.name: step for step in self.program.steps}
+        self.readers = self.program.readers()
+        self.values: dict[str, str] = {}
 
     def model(self) -> onnx.ModelProto:
-        inputs, outputs = [], []
-        for operation in self.operations:
-            if operation.kind == "constant":
-                continue
-            if operation.kind == "output":
-                outputs.append(self._described(self._result(operation)))
-                continue
-            translate = getattr(self, f"translate_{operation.kind}", None)
-            if translate is None or (operation.module is not None and has_hooks(operation.module)):
-                raise refuse(operation, "ONNX")
-            name = operation.node.name
-            self.values[operation.node] = translate(operation, name, *(self.values[node] for node in operation.inputs))
-            if operation.kind == "input":
-                inputs.append(self._described(operation.node))
-        graph = helper.make_graph(self.nodes, "apotfx", inputs, outputs, list(self.constants.values()))
+        if self.program.result is None:
+            raise ApotfxError("ONNX: the network returns several values, or a part of one, expected one tensor")
+        for step in self.program.needed():
+            translate = getattr(self, f"translate_{step.kind}", None)
+            if translate is None:
+                raise refuse(step, "ONNX")
+            self.values[step.name] = translate(step, step.name, *(self.values[name] for name in step.inputs))
+        inputs = [self._described(name) for name, step in self.steps.items() if name in self.values and step.kind == "input"]
+        outputs = [self._described(self.program.result)]
+        graph = helper.make_graph(self.nodes, "apotfx", inputs, outputs, self._used_constants())
         opset = helper.make_opsetid("", self.opset)
         model = helper.make_model(
             graph, opset_imports=[opset], ir_version=helper.find_min_ir_version_for([opset]), producer_name="apotfx"
         )
         return onnx.shape_inference.infer_shapes(model)
 
-    def _result(self, operation: Operation) -> fx.Node:
-        (result,) = operation.node.args
-        if not isinstance(result, fx.Node):
-            raise ApotfxError(f"ONNX: the network returns a {type(result).__name__}, expected one tensor")
-        return result
+    def _used_constants(self) -> list[onnx.TensorProto]:
+        used = {name for node in self.nodes for name in node.input}
+        return [constant for name, constant in self.constants.items() if name in used]
 
-    def _described(self, node: fx.Node) -> onnx.ValueInfoProto:
-        shape = [BATCH, *self.shapes[node][1:]]
-        return helper.make_tensor_value_info(self.values[node], TensorProto.FLOAT, shape)
+    def _described(self, name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(self.values[name], TensorProto.FLOAT, [BATCH, *self.shapes[name][1:]])
 
-    def translate_input(self, operation: Operation, name: str) -> str:
-        if operation.node not in self.shapes:  # an input with a default that is no tensor
-            raise refuse(operation, "ONNX")
+    def layer_of(self, step: Encode | Product) -> IntegerLayer:
+        return self.network.layer(step.layer)
+
+    def translate_input(self, step: Input, name: str) -> str:
+        if name not in self.shapes:
+            raise refuse(step, "ONNX")
         return name
 
-    def translate_clamp(self, operation: Operation, name: str, x: str) -> str:
-        low, high = operation["low"], operation["high"]
-        if (low, high) == (0, math.inf):
+    def translate_product(self, step: Product, name: str, x: str) -> str:
+        layer = self.layer_of(step)
+        if isinstance(layer.geometry.operator, TransposedConvolution):
+            raise ApotfxError(f"ONNX: the step {name} (ConvTranspose{layer.geometry.dims}d) cannot be expressed; leave it in float")
+        return self.translate_layer(layer, step, x)
+
+    def translate_float_layer(self, step: FloatLayer, name: str, x: str) -> str:
+        """As a layer whose weight and input are float."""
+        if isinstance(step.operator, TransposedConvolution):
+            raise refuse(step, "ONNX")
+        weight, one = self.network.tensor(f"{step.layer}.weight"), torch.ones(())
+        bias = self.network.tensor(f"{step.layer}.bias") if step.bias else None
+        geometry = Geometry(step.operator, step.pad, step.pad_mode)
+        return self.translate_layer(IntegerLayer(step.layer, geometry, weight, None, one, None, None, bias), step, x)
+
+    def translate_clamp(self, step: Step, name: str, x: str) -> str:
+        low, high = step.low, step.high
+        if (low, high) == (0, None):
             return self.add("Relu", [x], name)
         return self.add("Clip", [x, self.number(low), self.number(high)], name)
 
-    def translate_add(self, operation: Operation, name: str, a: str, b: str) -> str:
+    def translate_add(self, step: Step, name: str, a: str, b: str) -> str:
         return self.add("Add", [a, b], name)
 
-    def translate_concatenate(self, operation: Operation, name: str, *inputs: str) -> str:
-        return self.add("Concat", list(inputs), name, axis=operation["dim"])
+    def translate_concatenate(self, step: Step, name: str, *inputs: str) -> str:
+        return self.add("Concat", list(inputs), name, axis=step.dim)
 
-    def translate_identity(self, operation: Operation, name: str, x: str) -> str:
-        return x
-
-    def translate_flatten(self, operation: Operation, name: str, x: str) -> str:
+    def translate_flatten(self, step: Step, name: str, x: str) -> str:
         return self.add("Flatten", [x], name, axis=1)
 
-    def translate_max_pool(self, operation: Operation, name: str, x: str) -> str:
-        starts, ends = self._window_padding(operation)
+    def translate_max_pool(self, step: Step, name: str, x: str) -> str:
+        starts, ends = self._window_padding(step)
         return self.add(
-            "MaxPool", [x], name, kernel_shape=operation["kernel"], strides=operation["stride"],
-            dilations=operation["dilation"], pads=[*starts, *ends],
+            "MaxPool", [x], name, kernel_shape=step.kernel, strides=step.stride,
+            dilations=step.dilation, pads=[*starts, *ends],
         )  # fmt: skip
 
-    def translate_affine(self, operation: Operation, name: str, x: str) -> str:
-        for kind, key in (("Mul", "multiplier"), ("Add", "offset")):
-            values = self._broadcast(getattr(operation.module, key), operation.node)
-            result = name if kind == "Add" else f"{name}.multiplied"
-            x = self.add(kind, [x, self.constant(f"{operation.node.target}.{key}", values)], result)
+    def translate_affine(self, step: Step, name: str, x: str) -> str:
+        for kind, tensor in zip(("Mul", "Add"), step.tensors()):
+            values = self._broadcast(self.network.tensor(tensor), name)
+            x = self.add(kind, [x, self.constant(tensor, values)], name if kind == "Add" else f"{name}.multiplied")
         return x
 
     # Averages, in double as in `reproducible`.
 
-    def translate_global_average(self, operation: Operation, name: str, x: str) -> str:
-        source, dims = self.shapes[operation.inputs[0]], operation["dims"]
+    def translate_average(self, step: Step, name: str, x: str) -> str:
+        source, dims = self.shapes[step.inputs[0]], step.dims
         x = self.add("Cast", [x], f"{name}.double", to=TensorProto.DOUBLE)
-        x = self.add("ReduceSum", [x, self.integers(*dims)], f"{name}.sum", keepdims=int(operation["keepdim"]))
+        x = self.add("ReduceSum", [x, self.integers(*dims)], f"{name}.sum", keepdims=int(step.keepdim))
         return self._mean(x, name, [np.array(source[d]) for d in dims])
 
-    def translate_average_pool(self, operation: Operation, name: str, x: str) -> str:
-        sizes, outputs = self._sizes(operation)
+    def translate_average_pool(self, step: Step, name: str, x: str) -> str:
+        sizes, outputs = self._sizes(step)
         x = self.add("Cast", [x], f"{name}.double", to=TensorProto.DOUBLE)
-        x = self.pad(x, f"{name}.padded", *self._window_padding(operation), self.number(0.0, np.float64))
-        for d, (kernel, stride, output) in enumerate(zip(operation["kernel"], operation["stride"], outputs)):
+        x = self.pad(x, f"{name}.padded", *self._window_padding(step), self.number(0.0, np.float64))
+        for d, (kernel, stride, output) in enumerate(zip(step.kernel, step.stride, outputs)):
             x = self.windows(x, f"{name}.{d}", "Sum", 2 + d, kernel, stride, 1, output)
-        counts = [_window_sizes(operation, d, size, output) for d, (size, output) in enumerate(zip(sizes, outputs))]
+        counts = [_window_sizes(step, d, size, output) for d, (size, output) in enumerate(zip(sizes, outputs))]
         return self._mean(x, name, np.ix_(*counts))
 
-    def translate_adaptive_average(self, operation: Operation, name: str, x: str) -> str:
-        sizes, outputs = self._sizes(operation)
+    def translate_adaptive_average(self, step: Step, name: str, x: str) -> str:
+        sizes, outputs = self._sizes(step)
         x = self.add("Cast", [x], f"{name}.double", to=TensorProto.DOUBLE)
         counts = []
         for d, (size, output) in enumerate(zip(sizes, outputs)):
@@ -180,24 +188,24 @@ class Translation(Graph):
         mean = self.add("Div", [sums, count], f"{name}.mean")
         return self.add("Cast", [mean], name, to=TensorProto.FLOAT)
 
-    def _sizes(self, operation: Operation) -> tuple[torch.Size, torch.Size]:
+    def _sizes(self, step: Step) -> tuple[torch.Size, torch.Size]:
         """Of the input and of the output, without batch and channels."""
-        return self.shapes[operation.inputs[0]][2:], self.shapes[operation.node][2:]
+        return self.shapes[step.inputs[0]][2:], self.shapes[step.name][2:]
 
-    def _window_padding(self, operation: Operation) -> tuple[list[int], list[int]]:
+    def _window_padding(self, step: Step) -> tuple[list[int], list[int]]:
         """(before, after) per dimension, the latter as large as the output needs, whatever rounds its size."""
-        sizes, outputs = self._sizes(operation)
+        sizes, outputs = self._sizes(step)
         after = [
             max((o - 1) * s + (k - 1) * d + 1 - size - p, 0)
             for o, s, k, d, size, p in zip(
-                outputs, operation["stride"], operation["kernel"], operation["dilation"], sizes, operation["padding"]
+                outputs, step.stride, step.kernel, step.dilation, sizes, step.padding
             )
         ]
-        return list(operation["padding"]), after
+        return list(step.padding), after
 
-    def _broadcast(self, values: Tensor, node: fx.Node) -> Tensor:
-        """Values [C] in the shape that broadcasts over the output of a node [N, C, ...]."""
-        return values.reshape(-1, *(1 for _ in self.shapes[node][2:]))
+    def _broadcast(self, values: Tensor, name: str) -> Tensor:
+        """Values [C] in the shape that broadcasts over a value [N, C, ...]."""
+        return values.reshape(-1, *(1 for _ in self.shapes[name][2:]))
 
     # Parts of layers and pools.
 
@@ -251,18 +259,11 @@ def is_uniform(levels: LevelSet | None) -> bool:
     return levels is not None and levels.max == len(levels.ints) - 1
 
 
-def _as_layer(operation: Operation) -> Operation:
-    """A float layer as an `IntegerLayer` whose weight and input are float."""
-    layer, one = operation.module, torch.ones(())
-    arguments = (operation.node.target, Geometry.of(layer), layer.weight, None, one, None, None, layer.bias)
-    return replace(operation, kind="layer", module=IntegerLayer(*arguments))
-
-
-def _window_sizes(operation: Operation, dim: int, size: int, output: int) -> np.ndarray:
+def _window_sizes(step: Step, dim: int, size: int, output: int) -> np.ndarray:
     """By how many elements torch divides an average, for every position in a dimension: [output]."""
-    kernel, stride, padding = (operation[key][dim] for key in ("kernel", "stride", "padding"))
+    kernel, stride, padding = (getattr(step, key)[dim] for key in ("kernel", "stride", "padding"))
     start = np.arange(output) * stride - padding
     end = np.minimum(start + kernel, size + padding)
-    if not operation["count_include_pad"]:
+    if not step.count_include_pad:
         start, end = start.clip(min=0), end.clip(max=size)
     return end - start
