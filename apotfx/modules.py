@@ -106,6 +106,8 @@ class _Disguised:
 _COPYING = ("__reduce_ex__", "__setstate__", "__deepcopy__", "__copy__")
 _HELD = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
+# What hooks on quantized layers ask for, and no code of a float network does.
+_FOR_HOOKS = ("weight_quantizer", "input_quantizer", "codes_and_accumulators", "integer_weight", "geometry")
 
 
 def _float_attribute(layer: StandIn, name: str) -> object:
@@ -130,6 +132,8 @@ def _float_attribute(layer: StandIn, name: str) -> object:
         for kind in _HELD:
             if name in state[kind] and name in (held := layer.float_view(kind)):
                 return held[name]
+        if name in _FOR_HOOKS:
+            return state["_modules"][name] if name in state["_modules"] else object.__getattribute__(layer, name)
         raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
     return found.__get__(layer, cls) if hasattr(found, "__get__") else found
 

@@ -113,6 +113,18 @@ def test_outside_of_such_code_the_layer_is_what_it_is(x):
         layer.nothing
 
 
+def test_hooks_on_the_layer_have_what_it_is(x):
+    qmodel, seen = calibrate(quantize(Net(*LOOKS["own method"]).eval(), POLICY), [x]), []
+
+    def hook(layer, args, output):
+        seen.append((layer.input_quantizer.levels.bits, layer.codes_and_accumulators(*args)[0].abs().max().item()))
+
+    qmodel.get_submodule("2.layer").register_forward_hook(hook)
+    qmodel(x)
+    ((bits, largest),) = seen
+    assert bits == 8 and 100 < largest <= 127
+
+
 @pytest.mark.parametrize("copied", [
     copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
     lambda m: (f := io.BytesIO(), torch.save(m, f), f.seek(0), torch.load(f, weights_only=False))[-1],

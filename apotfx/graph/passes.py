@@ -423,7 +423,6 @@ def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for layer, other in [(model.get_submodule(name), layer) for name, layer in layers.items()]:
         become(layer, other)
     if isinstance(model, fx.GraphModule):
-        model.graph.lint()
         model.recompile()
 
 
