@@ -80,7 +80,7 @@ def test_an_existing_path_is_left_alone(tmp_path):
 
 
 class WithAuxiliaryHead(nn.Module):
-    """In training it has a second head, so that it is kept whole."""
+    """Has a second head in training, and is kept whole."""
 
     def __init__(self):
         super().__init__()
@@ -88,6 +88,8 @@ class WithAuxiliaryHead(nn.Module):
 
     def forward(self, x):
         x = torch.relu(self.fc(x))
+        if x.sum() > 1e9:
+            raise ValueError("too large")
         return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
 
 

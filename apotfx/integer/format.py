@@ -102,10 +102,13 @@ def export_integer(
             n, _ = layer.integer_weight()
             tensors[f"{name}.{CODES}"] = pack_codes(n.cpu(), layer.weight_quantizer.levels)
     weights = safetensors.torch.save(tensors)
+    metadata = metadata or {}
+    if input_shape is not None:
+        metadata = {**metadata, "input_shape": list(input_shape)}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "metadata": _as_json((metadata or {}) | ({} if input_shape is None else {"input_shape": list(input_shape)})),
+        "metadata": _as_json(metadata),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "layers": [_describe(name, m) for name, m in layers.items()],
         "program": json.loads(json.dumps(program.to_json())),
