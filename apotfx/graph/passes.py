@@ -77,7 +77,8 @@ class Prepared:
             while path in kept:  # no module that is called
                 path = path.rpartition(".")[0]
             kept[path] = f"traced, it would compute something else ({how})"
-        layers_as_modules(self.model)
+        if isinstance(self.model, Network):
+            layers_as_modules(self.model)
 
     def weight(self, name: str) -> Tensor:
         """The weight of a layer as its operator takes it, [C_out, ...]."""
@@ -370,7 +371,7 @@ def make_reproducible(graph_module: fx.GraphModule) -> None:
 def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each of `layers` in the place of the submodule of its name, wherever `model` holds that, in place."""
     replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, Network):
         model.graph.lint()
         model.recompile()
     for name, layer in layers.items():

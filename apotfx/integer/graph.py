@@ -12,7 +12,7 @@ from apotfx.errors import ApotfxError
 from apotfx.integer.layers import IntegerLayer
 from apotfx.layers import FunctionalLayer, QuantLayer, float_type_of, kind_of
 from apotfx.reproducible import Average
-from apotfx.graph.network import graph_of
+from apotfx.graph.network import Network, graph_of
 
 
 def describe_graph(model: nn.Module) -> list[dict]:
@@ -28,7 +28,7 @@ def describe_graph(model: nn.Module) -> list[dict]:
         if node.op == "call_module":
             entry["type"], entry["settings"] = _describe_module(modules[node.target])
         nodes.append(entry)
-    if not isinstance(model, fx.GraphModule):
+    if not isinstance(model, Network):
         name, settings = _describe_module(model)
         nodes.append({"name": "model", "calls": "forward", "arguments": "()", "type": name, "settings": settings})
     return json.loads(json.dumps(nodes, default=str))  # as it will be read: lists for tuples

@@ -18,6 +18,7 @@ from apotfx import kernels
 from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_plain
+from apotfx.graph.network import Network
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.operations import Operation, operations
 from apotfx.kernels import Encoder, Term
@@ -33,7 +34,7 @@ WORTH_BYTES = 2**21
 
 def what_onednn_lacks(network: nn.Module) -> str | None:
     """Why `network` cannot run on oneDNN's 8-bit operators here; None if it can."""
-    if not isinstance(network, fx.GraphModule):
+    if not isinstance(network, Network):
         return "the network could not be traced"
     if not any(_takes_bytes(module) for module in network.modules()):
         return "no layer of the network fits 8-bit arithmetic"

@@ -14,6 +14,7 @@ from apotfx.integer.layers import Affine, IntegerLayer
 from apotfx.layers import float_type_of, kind_of
 from apotfx.operators import TransposedConvolution
 from apotfx.reproducible import AVERAGE_POOLS, Average
+from apotfx.graph.network import Network
 from apotfx.graph.tracing import GUARDS, ByMode
 
 PLAIN_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
@@ -58,7 +59,7 @@ def operations(network: fx.GraphModule) -> list[Operation]:
     Raises:
         ApotfxError: it is not one with the backend "reference".
     """
-    if not isinstance(network, fx.GraphModule) or not any(isinstance(m, IntegerLayer) for m in network.modules()):
+    if not isinstance(network, Network) or not any(isinstance(m, IntegerLayer) for m in network.modules()):
         raise ApotfxError(
             f"network: expected what load_integer(path, float_model) returns with backend reference, got a "
             f"{type(network).__name__} without a graph of integer layers"
