@@ -3,10 +3,12 @@
 import onnx
 import torch
 from helpers import INPUT_SHAPES, Conv1dNet, Conv3dNet, policy
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional
 
 from apotfx import calibrate, export_integer, load_integer, quantize
+from apotfx.integer.network import IntegerNetwork
+from apotfx.integer.program import Encode, Input, Product, Program
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.onnx import compare_onnx, export_onnx
 from apotfx.layers import Geometry
@@ -155,9 +157,10 @@ NETWORKS = {
 
 
 def single(layer):
-    graph = fx.Graph()
-    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
-    return fx.GraphModule(nn.ModuleDict({"layer": layer}), graph)
+    steps = [Input("x", (), True, None), Encode("layer_codes", ("x",), "layer"), Product("layer", ("layer_codes",), "layer")]
+    if layer.input_levels is None:
+        steps[1:] = [Product("layer", ("x",), "layer")]
+    return IntegerNetwork(Program(tuple(steps), {"value": 0}, ("layer",)), {"layer": layer}, {})
 
 
 def layer_of(operator, weight, weight_levels, input_levels, clip=1.3, rectifier=None, scale=0.01):

@@ -467,6 +467,16 @@ def test_a_graph_module_and_one_inside_a_model(tmp_path):
         assert names[0] == ("first" if not i else "0.first")
 
 
+def test_a_graph_module_that_cannot_be_traced_is_kept_whole(tmp_path):
+    layers, graph, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), fx.Graph(), torch.randn(5, 6)
+    hidden = graph.call_module("0", (graph.placeholder("x"),))
+    ask = graph.call_function(bool, (graph.call_method("any", (hidden,)),))
+    graph.output(graph.call_module("1", (graph.call_function(torch.mul, (hidden, ask)),)))
+    qmodel, _ = cycle(fx.GraphModule(layers, graph), x, tmp_path)
+    assert list(record_of(qmodel)["leaves"]) == [""] and len(quantized(qmodel)) == 2
+    assert not list(graph_of(qmodel).nodes)
+
+
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_are_listed_and_stay(make, tmp_path):
     class Recurrent(nn.Module):

@@ -104,13 +104,11 @@ class _Step:
 
 
 def layers_as_modules(model: nn.Module) -> None:
-    """Make every functional call that is a layer a call of a `FunctionalLayer`, in place.
+    """Make every functional call in a Network that is a layer a call of a `FunctionalLayer`, in place.
 
     Such are `F.linear`, `F.conv1d` ... `F.conv_transpose3d`, and `torch.matmul`, `torch.mm`, `@` and `torch.addmm` with a
     matrix; the weight is a parameter, or computed from parameters alone.
     """
-    if not isinstance(model, fx.GraphModule):
-        return
     graph, modules = model.graph, dict(model.named_modules())
     constants = _Constants(model.original, constant_nodes(graph, modules))
     edited = False

@@ -234,7 +234,7 @@ def record_of(model: nn.Module) -> dict:
 
 def graph_of(model: nn.Module) -> fx.Graph:
     """The graph of what `trace` returned; an empty one for a model that could not be traced."""
-    return model.graph if isinstance(model, fx.GraphModule) else fx.Graph()
+    return model.graph if isinstance(model, Network) else fx.Graph()
 
 
 def reached_state(model: nn.Module) -> dict[str, Tensor]:

@@ -422,7 +422,7 @@ def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Make the submodule of each name what that of `layers` is, wherever `model` or its code refers to it, in place."""
     for layer, other in [(model.get_submodule(name), layer) for name, layer in layers.items()]:
         become(layer, other)
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, Network):
         model.recompile()
 
 

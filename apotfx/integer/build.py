@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from apotfx.errors import ApotfxError
 from apotfx.graph.facts import BATCH_NORMS, rectified_range
-from apotfx.graph.network import graph_of
+from apotfx.graph.network import Network
 from apotfx.graph.operations import torch_name
 from apotfx.graph.tracing import ByMode, setitem
 from apotfx.integer.functions import FUNCTIONS, MODULES
@@ -60,7 +60,7 @@ def build_program(network: nn.Module) -> Program:
 
     One that could not be traced is a single foreign step.
     """
-    if not isinstance(network, fx.GraphModule):
+    if not isinstance(network, Network):
         name, settings = describe_module(network)
         step = Foreign("model", (), f"{name}, which could not be traced", "", settings, [[], {}])
         return Program((step,), {"value": 0}, ("model",))
@@ -68,7 +68,7 @@ def build_program(network: nn.Module) -> Program:
 
 
 class _Builder:
-    def __init__(self, network: fx.GraphModule):
+    def __init__(self, network: Network):
         self.network = network
         self.modules = dict(network.named_modules())
         self.steps: list[Step] = []
@@ -77,7 +77,7 @@ class _Builder:
         self.constants: dict[str, str] = {}  # by tensor, the name of its value
 
     def build(self) -> Program:
-        for node in graph_of(self.network).nodes:
+        for node in self.network.graph.nodes:
             if node.op == "output":
                 names, arguments = self._arguments((node.args[0],), {})
                 return Program(tuple(self.steps), arguments[0][0], names)

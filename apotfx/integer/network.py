@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from apotfx.errors import ApotfxError
+from apotfx.graph.network import Network
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.build import build_program
 from apotfx.integer.program import Input, Program, Step, decode
@@ -116,7 +117,7 @@ def as_program(network: nn.Module) -> IntegerNetwork:
     if isinstance(network, IntegerNetwork):
         return network
     layers = {name: module for name, module in network.named_modules() if isinstance(module, IntegerLayer)}
-    if not isinstance(network, fx.GraphModule) or not layers:
+    if not isinstance(network, Network) or not layers:
         raise ApotfxError(
             f"network: expected what load_integer returns with backend reference, got a {type(network).__name__} without a "
             "graph of integer layers"

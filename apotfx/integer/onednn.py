@@ -19,6 +19,7 @@ from apotfx.engine import what_bytes_lack, what_kernels_lack
 from apotfx.errors import ApotfxError
 from apotfx.functional import is_plain
 from apotfx.generated_code import GraphModule
+from apotfx.graph.network import Network
 from apotfx.integer.layers import IntegerLayer
 from apotfx.integer.network import IntegerNetwork, as_program
 from apotfx.integer.program import Add, Affine, Clamp, Encode, Input, MaxPool, Product, Step, decode
@@ -34,7 +35,7 @@ WORTH_BYTES = 2**21
 
 def what_onednn_lacks(network: nn.Module) -> str | None:
     """Why `network` cannot run on oneDNN's 8-bit operators here; None if it can."""
-    if not isinstance(network, (fx.GraphModule, IntegerNetwork)):
+    if not isinstance(network, (Network, IntegerNetwork)):
         return "the network could not be traced"
     if not any(_takes_bytes(module) for module in network.modules()):
         return "no layer of the network fits 8-bit arithmetic"

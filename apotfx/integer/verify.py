@@ -19,6 +19,7 @@ from apotfx.integer.manifest import MANIFEST, MAX_BYTES, read_file
 from apotfx.integer.network import IntegerNetwork
 from apotfx.integer.onednn import ByteLayer, ByteNetwork, CannotRun, Unfused, what_onednn_lacks
 from apotfx.integer.program import Encode, Product
+from apotfx.graph.network import Network
 from apotfx.graph.tracing import bind
 from apotfx.layers import QuantLayer
 from apotfx.operators import accumulator_bits, accumulator_bound
@@ -351,7 +352,7 @@ def _steps(network: nn.Module, images: Tensor) -> Iterator[_Step]:
     if isinstance(network, IntegerNetwork):
         yield from _of_program(network, images)
         return
-    if not isinstance(network, (ByteNetwork, fx.GraphModule)):
+    if not isinstance(network, (ByteNetwork, Network)):
         yield from _layers(network, images)
         return
     if not isinstance(network, ByteNetwork):
