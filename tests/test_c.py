@@ -422,7 +422,7 @@ def mean(y, x):
     (Refused(mean, nn.Sigmoid()), "the step layer (functional.sigmoid) cannot be expressed"),
     (Refused(mean, nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")), "the step layer (product) cannot"),
     (Refused(mean, nn.Linear(10, 4)), "the step layer (product) cannot be expressed"),
-    (Refused(mean, nn.ConvTranspose2d(2, 2, 3)), "the step layer (product) cannot be expressed"),
+    (Refused(mean, nn.ConvTranspose2d(2, 2, 3)), "the step layer (ConvTranspose2d) cannot be expressed"),
     (Refused(lambda y, x: mean(y * x, x)), "the step mul (operator.mul) cannot be expressed"),
     (Refused(lambda y, x: mean(y + 1, x)), "the step add (operator.add) cannot be expressed"),
     (Refused(lambda y, x: mean(torch.cat([y, x], 1), x)), "the step cat (concatenate) cannot be expressed"),

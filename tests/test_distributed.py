@@ -84,7 +84,8 @@ for step, experts in enumerate([("", ""), ("left", ""), ("left", "right"), ("", 
     experts = experts[processes.rank]
     x = (1 + 3 * processes.rank) * torch.randn(16, 4)
     if step == 0:
-        handle = net.stem.register_forward_hook(lambda *_: local.update({k: p.detach().clone() for k, p in net.named_parameters()}))
+        parameters = dict(net.named_parameters())
+        handle = net.stem.register_forward_hook(lambda *_: local.update({k: p.detach().clone() for k, p in parameters.items()}))
     y = network(x, experts)
     handle.remove()
     states.append({k: p.detach().clone() for k, p in net.named_parameters() if k.endswith("clip")})

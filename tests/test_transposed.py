@@ -229,7 +229,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_what_cannot_express_it_names_it(write, upsampling, tmp_path):
-    with pytest.raises(ApotfxError, match=r"the operation _2 \(ConvTranspose2d\) cannot be expressed") as error:
+    with pytest.raises(ApotfxError, match=r"the step _2 \(ConvTranspose2d\) cannot be expressed") as error:
         write(upsampling[0], tmp_path / "translated", input_shape=(2, 6, 6))
     assert "\n" not in str(error.value)
 

@@ -44,16 +44,17 @@ IMAGENET = {"in_channels": 3, "num_classes": 1000, "image_size": 224}
 
 
 def least_bytes(model: nn.Module, qmodel: fx.GraphModule) -> int:
-    """What the bits allow: each quantized weight at its bits, every other float at 32."""
+    """What the bits allow: each quantized weight at its bits, every other float at 32, of a batch norm two per channel."""
     bits = {
         f"{name}.weight": layer.weight_quantizer.levels.bits
         for name, layer in qmodel.named_modules()
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None
     }
-    return sum(
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return sum(2 * 4 * norm.num_features for norm in norms.values()) + sum(
         -(-tensor.numel() * bits.get(name, 32) // 8)
         for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in norms
     )
 
 

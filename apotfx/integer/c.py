@@ -209,7 +209,7 @@ class _Source:
         stride = padding = dilation = (1, 1)
         groups = 1
         if isinstance(geometry.operator, TransposedConvolution):
-            raise refuse(step, "C")
+            raise refuse(step, "C", f"ConvTranspose{geometry.dims}d")
         if isinstance(geometry.operator, Convolution):
             stride, padding, dilation, groups = geometry.operator
             if geometry.pad:

@@ -38,11 +38,12 @@ from apotfx.integer.manifest import (
     read_manifest,
 )
 from apotfx.layers import Geometry, QuantLayer
+from apotfx.modules import attribute
 from apotfx.operators import accumulator_bound
 from apotfx.quantizers import Quantizer
 from apotfx.state import uncalibrated
 from apotfx.tensors import MAX_HEADER_BYTES, Damaged, parse_json, printable, read_tensors
-from apotfx.integer.program import OPERATORS, Affine, Constant, Program
+from apotfx.integer.program import OPERATORS, Affine, Constant, FloatLayer, Program
 from apotfx.reproducible import AttachedBatchNorm, folded_batch_norm
 from apotfx.graph.functional import asks_for_metadata
 from apotfx.graph.network import graph_of, reached_state, record_of
@@ -87,7 +88,7 @@ def export_integer(
     program = build_program(qmodel)
     norms = norms_of(program, qmodel)
     _require_finite(layers, norms)
-    state = _float_state(qmodel, program, layers) | norms
+    state = _float_state(qmodel, program, layers) | norms | computed_weights(program, qmodel)
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
@@ -185,6 +186,16 @@ def norms_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
         if isinstance(step, Affine):
             tensors |= zip(step.tensors(), folded_batch_norm(model.get_submodule(step.norm)))
     return tensors
+
+
+def computed_weights(program: Program, model: nn.Module) -> dict[str, Tensor]:
+    """Weights and biases of layers that stay in float which are no state of `model`, but computed from it."""
+    state, found = reached_state(model), {}
+    for step in program.steps:
+        for name in step.tensors() if isinstance(step, FloatLayer) else ():
+            if name not in state:
+                found[name] = attribute(model, name).detach()
+    return found
 
 
 def state_outside(model: nn.Module, program: Program, layers: Collection[str]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from apotfx.errors import ApotfxError
 from apotfx.generated_code import require_writable_names
 from apotfx.integer.build import build_program, layer_type, require_same_program
 from apotfx.integer.format import (
+    computed_weights,
     describe_rectifier,
     geometry_of,
     norms_of,
@@ -143,7 +144,8 @@ def assemble(
             )
     program = build_program(imodel)
     norms = norms_of(program, imodel)
-    state = state_outside(imodel, program, layers) | norms
+    computed = computed_weights(program, imodel)
+    state = state_outside(imodel, program, layers) | norms | computed
     stored = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name in sorted(state.keys() | stored.keys()):
         expected, got = (_shape_and_dtype(d.get(name)) for d in (state, stored))
@@ -152,7 +154,7 @@ def assemble(
                 f"export {path}: {name} is {got}, the model has {expected}; pass the float model that was exported"
             )
     require_same_program(manifest["program"], program.to_json(), path)
-    load_reached_state(imodel, {k: v for k, v in stored.items() if k not in norms})
+    load_reached_state(imodel, {k: v for k, v in stored.items() if k not in norms | computed})
     for name in dict.fromkeys(step.norm for step in program.steps if isinstance(step, Affine)):
         frozen, norm = AffineModule(stored[f"{name}.multiplier"], stored[f"{name}.offset"]), imodel.get_submodule(name)
         for key in state.keys() & {f"{name}.{key}" for key in norm.state_dict()}:  # what forward reads besides

@@ -523,8 +523,8 @@ def inputs_of(value: object) -> Iterator[object]:
         yield value
 
 
-def refuse(step: Step, target: str) -> ApotfxError:
-    """The error that says that `target` has no way to express a step."""
-    what = {"function": "function", "foreign": "calls"}.get(step.kind)
-    what = getattr(step, what) if what else step.kind.replace("_", " ")
+def refuse(step: Step, target: str, what: str | None = None) -> ApotfxError:
+    """The error that says that `target` has no way to express a step, which may be told more precisely: `what`."""
+    key = {"function": "function", "foreign": "calls"}.get(step.kind)
+    what = what or (getattr(step, key) if key else step.kind.replace("_", " "))
     return ApotfxError(f"{target}: the step {step.name} ({what}) cannot be expressed; remove it from the network")

@@ -108,7 +108,7 @@ class Translation(Graph):
     def translate_product(self, step: Product, name: str, x: str) -> str:
         layer = self.layer_of(step)
         if isinstance(layer.geometry.operator, TransposedConvolution):
-            raise ApotfxError(f"ONNX: the step {name} (ConvTranspose{layer.geometry.dims}d) cannot be expressed; leave it in float")
+            raise refuse(step, "ONNX", f"ConvTranspose{layer.geometry.dims}d")
         return self.translate_layer(layer, step, x)
 
     def translate_float_layer(self, step: FloatLayer, name: str, x: str) -> str:
