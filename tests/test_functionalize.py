@@ -143,7 +143,7 @@ KEPT = {
     "input-through-dropout": (
         "t = F.dropout(x, 0.3, self.training)\nt.relu_()\nreturn self.b(x) + t", "writes to the input"
     ),
-    "buffer": ("self.mean += 1\nreturn self.b(y)", "changes its buffer mean"),
+    "buffer": ("self.mean += 1\nreturn self.b(y)", "mean"),
     "view-of-a-buffer": ("self.mean[:2].fill_(0.5)\nreturn self.b(y) + self.mean.sum()", "changes its buffer mean"),
     "several": ("torch._foreach_mul_([x, y], 0.5)\nreturn self.b(y)", "writes to several tensors at once"),
     "several-out": (
