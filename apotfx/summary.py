@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .attention import split_projections
 from .errors import ApotfxError
 from .layers import FunctionalLayer, QuantLayer
 from .macs import count_macs, is_float_attention
-from .modules import attribute
 from .policy import FLOAT_BITS, PlannedLayer
 from .quantizers import Quantizer
 from .graph.network import reached_state, record_of

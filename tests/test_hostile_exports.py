@@ -353,6 +353,7 @@ def check_refused(error):
 
 READERS = {
     "load_integer": lambda path, model: load_integer(path, model),
+    "alone": lambda path, model: load_integer(path),
     "read_integer": lambda path, model: read_integer(path),
     "open_export": lambda path, model: open_export(path),
 }
@@ -360,7 +361,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("reader", [
-    "load_integer", pytest.param("read_integer", marks=pytest.mark.nightly),
+    "load_integer", "alone", pytest.param("read_integer", marks=pytest.mark.nightly),
     pytest.param("open_export", marks=pytest.mark.nightly),
 ])  # fmt: skip
 def test_a_hostile_export_is_refused_at_once(reader, name, original, tmp_path):

@@ -166,6 +166,7 @@ def test_numbers_that_no_json_has_are_refused_though_the_checksums_fit(number, s
     ((*CONV3, "weight", "scale", 0), 1e-50, "layers[1].weight.scale[0] (layer conv3) is 1e-50, expected a number that"),
     ((*CONV3, "weight", "scale", 0), 1e300, "layers[1].weight.scale[0] (layer conv3) is 1e+300, expected a number that"),
     ((*CONV3, "input", "clip", 0), 2.0, "layers[1].input.scale[0] (layer conv3) is "),
+    ((*CONV3, "rectifier"), [1, 0], "layers[1].rectifier (layer conv3) is [1, 0], expected a range that holds 0"),
     ((*CONV3, "accumulator_bound"), 7, "layers[1].accumulator_bound (layer conv3) is 7, expected 56623104"),
     ((*CONV3, "accumulator_bound"), ABSENT, "layers[1].accumulator_bound (layer conv3) is absent, expected 56623104"),
     (("layers", 0, "accumulator_bound"), 7, "layers[0].accumulator_bound (layer conv1) is 7, expected it to be absent"),

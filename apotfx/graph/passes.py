@@ -20,7 +20,7 @@ from apotfx.graph.modularize import layers_as_modules
 from apotfx.graph.network import Network, graph_of, record_of, require_traceable, trace
 from apotfx.graph.selfcheck import difference
 from apotfx.graph.tracing import TWO_PATHS, bind
-from apotfx.modules import attribute, become, disguise, has_hooks, look_at_as_float, replace_modules
+from apotfx.modules import become, disguise, has_hooks, look_at_as_float, replace_modules
 from apotfx.operators import accumulator_bits, accumulator_bound
 from apotfx.policy import BitPolicy, Plan, PlannedLayer, resolve
 from apotfx.state import synchronize_clips

@@ -13,7 +13,7 @@ from apotfx.errors import ApotfxError
 from apotfx.layers import Geometry
 from apotfx.levels import LevelSet
 from apotfx.modules import StandIn, float_attributes, is_in_kept_module
-from apotfx.operators import Operator, accumulators, output_shaped
+from apotfx.operators import accumulators, output_shaped
 
 
 class IntegerLayer(StandIn):

@@ -187,6 +187,10 @@ def _contradictions(manifest: dict) -> Iterator[tuple[Place, str]]:
         for key in ("weight", "input"):
             if layer[key] is not None:
                 yield from _wrong_quantizer(("layers", i, key), layer[key], channels=layer["shape"][0])
+        if layer["rectifier"] is not None:
+            low, high = layer["rectifier"]
+            if low is not None and low > 0 or high is not None and high < 0:  # what is padded after it is 0
+                yield ("layers", i, "rectifier"), "a range that holds 0"
         bound = None
         if layer["weight"] and layer["input"]:
             largest = (layer[key]["levels"][-1] for key in ("weight", "input"))

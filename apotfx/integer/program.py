@@ -7,7 +7,7 @@ means, and the targets translate it step by step.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
 from typing import ClassVar, Protocol, get_args, get_origin, get_type_hints

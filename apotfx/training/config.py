@@ -1,6 +1,5 @@
 """The configuration of a run, and the recipes that fill it in."""
 
-import dataclasses
 import math
 import typing
 from dataclasses import dataclass
