@@ -59,7 +59,10 @@ def looked_at_as_float() -> Iterator[None]:
 
 
 class StandIn(nn.Module):
-    """A layer in the place of a float one; see `disguised`.
+    """A layer in the place of a float one; see `disguise`.
+
+    It has `float_view(kind)`, what the float layer holds as `kind` ("_parameters", "_buffers" or "_modules"), and
+    `float_parameter(name)`, the float layer's "weight" or "bias".
 
     Attributes:
         float_class: the type of the float layer.
@@ -70,14 +73,6 @@ class StandIn(nn.Module):
     float_class: type[nn.Module]
     float_state: dict[str, object]
     own_names: frozenset[str] = frozenset()
-
-    def float_view(self, kind: str) -> Mapping[str, object]:
-        """What the float layer holds as `kind`: "_parameters", "_buffers" or "_modules"."""
-        raise NotImplementedError
-
-    def float_parameter(self, name: str) -> object:
-        """The float layer's "weight" or "bias"."""
-        raise NotImplementedError
 
 
 class _Disguised:

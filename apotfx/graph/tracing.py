@@ -450,7 +450,7 @@ class _Tracer(fx.Tracer):
                 return self.create_node("call_function", type(a), (), values)
             if type(a) is OrderedDict:
                 return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(NotImplementedError):  # torch's word for a type that no graph can hold
             if not isinstance(a, dict) or type(a) is dict:
                 return super().create_arg(a)
         raise Untraceable(f"a {type(a).__name__} is among its results or arguments, which no graph can make")

@@ -42,7 +42,7 @@ class Numbers(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step. All but inputs have `compute(numbers, *values)`: the value, from those that the step reads.
 
     Attributes:
         name: of the value that it computes.
@@ -52,10 +52,6 @@ class Step:
     kind: ClassVar[str]
     name: str
     inputs: tuple[str, ...]
-
-    def compute(self, numbers: Numbers, *values: object) -> object:
-        """The value, from those that it reads."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, int | None]:
         """By name, the tensors that it refers to besides those of layers, with their number of dimensions if that is known."""
